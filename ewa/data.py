@@ -1,0 +1,212 @@
+"""Data sets of the scripts: timm's own, checked before any work is spent.
+
+What timm's factory lets pass and users lose days on: a split folder that is missing (it then reads the whole root),
+and class folders that differ between training and validation (labels then mean different things).
+"""
+import argparse
+import os
+import random
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+import torch
+from timm.data import create_dataset, create_loader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.transforms import Compose
+
+_SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
+
+
+def _check_folder(root: str, split: str) -> None:
+    if os.path.isfile(root):
+        return
+    if not os.path.isdir(root):
+        raise ValueError(f'--data-dir {root} does not exist.')
+    names = next((group for group in _SYNONYMS if split in group), (split,))
+    if not any(os.path.exists(os.path.join(root, name)) for name in (split, *names)):
+        found = ', '.join(sorted(os.listdir(root))[:8]) or 'nothing'
+        raise ValueError(
+            f'--data-dir {root} has no folder {" or ".join(names)} (found: {found}). Give a folder with train/ and '
+            f'val/, or name the splits with --train-split and --val-split.')
+
+
+def open_dataset(args: argparse.Namespace, split: str, is_training: bool, in_chans: int = 3) -> Dataset:
+    """timm's `create_dataset` for the data options of a script.
+
+    Raises:
+        ValueError: The folder, its split or its images are missing, or the data set can't be opened.
+    """
+    if not args.dataset:
+        _check_folder(args.data_dir, split)
+    kind = args.dataset.split('/')[0].lower()
+    options: Dict[str, Any] = {}
+    if kind != 'torch':
+        options.update(input_img_mode=args.input_img_mode or ('L' if in_chans == 1 else 'RGB'))
+        options.update(input_key=args.input_key, target_key=args.target_key)
+    try:
+        dataset = create_dataset(
+            args.dataset, root=args.data_dir, split=split, is_training=is_training, class_map=args.class_map,
+            download=args.dataset_download, batch_size=args.batch_size, seed=getattr(args, 'seed', 42),
+            num_samples=args.train_num_samples if is_training else args.val_num_samples, **options)
+    except (RuntimeError, AssertionError, OSError, ValueError, ImportError, KeyError) as e:
+        where = f'--dataset {args.dataset}, --data-dir {args.data_dir}' if args.dataset else f'--data-dir {args.data_dir}'
+        raise ValueError(f'The split {split} of {where} can\'t be read: {e or type(e).__name__}') from e
+    if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
+        raise ValueError(f'The split {split} of --data-dir {args.data_dir} has no images.')
+    if kind == 'torch':
+        dataset = _ImgMode(dataset, args.input_img_mode or ('L' if in_chans == 1 else 'RGB'))
+    return dataset
+
+
+def class_names(dataset: Dataset) -> Optional[List[str]]:
+    """Names of the classes in the order of their labels, or None if the data set does not know them."""
+    if isinstance(dataset, _Wrapper):
+        return class_names(dataset.dataset)
+    if getattr(dataset, 'classes', None):
+        return [str(name) for name in dataset.classes]
+    reader = getattr(dataset, 'reader', None)
+    mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
+    if mapping:
+        return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
+    features = getattr(getattr(reader, 'dataset', None), 'features', None)  # Hugging Face data sets
+    label = (features or {}).get(getattr(reader, 'label_key', ''))
+    return list(label.names) if hasattr(label, 'names') else None
+
+
+def check_classes(train: Dataset, val: Dataset, num_classes: Optional[int]) -> int:
+    """The number of classes of two splits that agree.
+
+    Raises:
+        ValueError: Classes of the splits differ, `num_classes` is not their number, or there is no telling it.
+    """
+    names, val_names = class_names(train), class_names(val)
+    if names is not None and val_names is not None and names != val_names:
+        only = [f'{name} only in training' for name in names if name not in val_names]
+        only += [f'{name} only in validation' for name in val_names if name not in names]
+        raise ValueError(
+            f'The classes of training ({len(names)}) and validation ({len(val_names)}) differ: '
+            f'{"; ".join(only[:4]) or "same names in another order"}.')
+    if names is None:
+        if num_classes is None:
+            raise ValueError('The number of classes can\'t be found from this data set: give --num-classes.')
+        return num_classes
+    if num_classes is not None and num_classes != len(names):
+        raise ValueError(
+            f'The data has {len(names)} classes, --num-classes says {num_classes}. Leave the flag out to use the data\'s.')
+    return len(names)
+
+
+class _Wrapper(Dataset):
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        return self.dataset[index]
+
+    @property
+    def transform(self):
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform) -> None:
+        self.dataset.transform = transform
+
+
+class _Convert:
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+
+    def __call__(self, image):
+        return image.convert(self.mode)
+
+
+class _ImgMode(_Wrapper):
+    """torchvision's data sets know no image mode: convert before the transform."""
+
+    def __init__(self, dataset: Dataset, mode: str) -> None:
+        super().__init__(dataset)
+        self.mode = mode
+
+    @_Wrapper.transform.setter
+    def transform(self, transform) -> None:
+        self.dataset.transform = Compose([_Convert(self.mode), transform])
+
+
+class SeededDataset(_Wrapper):
+    """Draws the augmentation of each image from (seed, epoch, index) and nothing else.
+
+    So it does not matter which worker loads an image, or what was loaded before: a resumed run sees the same pixels.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        super().__init__(dataset)
+        self.seed = seed
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers outlive an epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int):
+        seed_all(self.seed, 1, int(self._epoch), index)
+        return self.dataset[index]
+
+
+def seed_all(*key: int) -> None:
+    """Seed Python, NumPy and torch from a tuple of whole numbers, as (seed, stream, ...)."""
+    words = np.random.SeedSequence(key).generate_state(3, np.uint32)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.manual_seed(int(words[2]))
+
+
+def train_loader(dataset: Dataset, args: argparse.Namespace, data_config: Dict[str, Any]) -> DataLoader:
+    """timm's training loader with the augmentation flags; complete batches only."""
+    return create_loader(
+        dataset,
+        input_size=data_config['input_size'],
+        batch_size=args.batch_size,
+        is_training=True,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob,
+        gaussian_blur_prob=args.gaussian_blur_prob,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation,
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=args.workers,
+        pin_memory=args.pin_mem,
+        use_prefetcher=False,
+        persistent_workers=args.workers > 0,
+    )
+
+
+def eval_loader(dataset: Dataset, args: argparse.Namespace, data_config: Dict[str, Any]) -> DataLoader:
+    """timm's validation loader."""
+    return create_loader(
+        dataset,
+        input_size=data_config['input_size'],
+        batch_size=getattr(args, 'validation_batch_size', None) or args.batch_size,
+        is_training=False,
+        interpolation=data_config['interpolation'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        crop_pct=data_config['crop_pct'],
+        crop_mode=data_config.get('crop_mode'),
+        num_workers=args.workers,
+        pin_memory=getattr(args, 'pin_mem', False),
+        use_prefetcher=False,
+        persistent_workers=args.workers > 0,
+    )

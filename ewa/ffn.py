@@ -1,0 +1,95 @@
+"""The FFNs of a host: which modules they are, and their weights with the hidden units as an axis.
+
+Axis legend: `G` 1 for a plain FFN or 2 for a GLU (its two input matrices), `H` hidden width, `D` width.
+
+Known are timm's `Mlp`, `GluMlp` (`SwiGLUPacked`), `SwiGLU` and everything built like them: linear layers `fc1` (or
+`fc1_g` and `fc1_x`) and `fc2` from width to width, perhaps a `norm` over the hidden units, and no other parameter. An
+FFN that mixes tokens (depth-wise convolution, spatial gate, global response norm) has more and is left alone; so are
+the two-layer perceptrons of classifiers and relative position biases, whose output has another width.
+"""
+from copy import deepcopy
+from typing import Dict, List, Optional
+
+import torch
+from torch import Tensor, nn
+
+from .gathering import FFNWeights
+
+
+def _inputs(ffn: nn.Module) -> List[str]:
+    return ['fc1_g', 'fc1_x'] if hasattr(ffn, 'fc1_g') else ['fc1']
+
+
+def is_ffn(module: nn.Module) -> bool:
+    """Whether a module is a token-wise FFN of a known layout."""
+    linear = [*_inputs(module), 'fc2']
+    if not all(isinstance(getattr(module, name, None), nn.Linear) for name in linear):
+        return False
+    hidden, width = module.fc2.in_features, module.fc2.out_features
+    up = sum(getattr(module, name).out_features for name in linear[:-1])
+    if up not in (hidden, 2 * hidden) or any(getattr(module, name).in_features != width for name in linear[:-1]):
+        return False
+    others = [(name, p) for name, p in module.named_parameters() if name.split('.')[0] not in linear]
+    return all(name.startswith('norm.') and p.shape == (hidden,) for name, p in others)
+
+
+def find_ffns(model: nn.Module) -> Dict[str, nn.Module]:
+    """Name to module of all FFNs of a model, in its order."""
+    return {name: module for name, module in model.named_modules() if is_ffn(module)}
+
+
+def read_ffn(ffn: nn.Module) -> FFNWeights:
+    """The weights of an FFN (detached views, no copy)."""
+    if not is_ffn(ffn):
+        raise ValueError(
+            f'{type(ffn).__name__} is not an FFN this package can read: it needs linear layers fc1 (or fc1_g and '
+            f'fc1_x) and fc2 and no other parameters than those of a norm.')
+    hidden = ffn.fc2.in_features
+
+    def grouped(name: str) -> Optional[Tensor]:
+        parts = [getattr(getattr(ffn, layer), name) for layer in _inputs(ffn)]
+        if parts[0] is None:
+            return None
+        return torch.cat([part.detach().reshape(-1, hidden, *part.shape[1:]) for part in parts])
+
+    norm = [p.detach() for p in ffn.norm.parameters()] if hasattr(ffn, 'norm') else []
+    return FFNWeights(
+        up=grouped('weight'),
+        down=ffn.fc2.weight.detach(),
+        up_bias=grouped('bias'),
+        down_bias=None if ffn.fc2.bias is None else ffn.fc2.bias.detach(),
+        norm=torch.stack(norm) if norm else None,
+    )
+
+
+def build_ffn(template: nn.Module, weights: FFNWeights) -> nn.Module:
+    """A new FFN of the template's type that holds the given weights; its hidden width may differ.
+
+    Raises:
+        ValueError: A norm over the hidden units stands in the way of another width.
+    """
+    ffn = deepcopy(template)
+    if weights.hidden != ffn.fc2.in_features:
+        if weights.norm is not None:
+            raise ValueError('The hidden width of an FFN with a norm over its hidden units can\'t be changed.')
+        dd = dict(device=ffn.fc2.weight.device, dtype=ffn.fc2.weight.dtype)
+        per_layer = weights.hidden * len(weights.up) // len(_inputs(ffn))
+        for name in _inputs(ffn):
+            old = getattr(ffn, name)
+            setattr(ffn, name, nn.Linear(old.in_features, per_layer, bias=old.bias is not None, **dd))
+        ffn.fc2 = nn.Linear(weights.hidden, ffn.fc2.out_features, bias=ffn.fc2.bias is not None, **dd)
+        ffn.train(template.training)
+    inputs = [getattr(ffn, name) for name in _inputs(ffn)]
+    with torch.no_grad():
+        for layer, up in zip(inputs, weights.up.chunk(len(inputs))):
+            layer.weight.copy_(up.reshape(layer.weight.shape))
+        if weights.up_bias is not None:
+            for layer, bias in zip(inputs, weights.up_bias.chunk(len(inputs))):
+                layer.bias.copy_(bias.reshape(layer.bias.shape))
+        ffn.fc2.weight.copy_(weights.down)
+        if weights.down_bias is not None:
+            ffn.fc2.bias.copy_(weights.down_bias)
+        if weights.norm is not None:
+            for parameter, value in zip(ffn.norm.parameters(), weights.norm):
+                parameter.copy_(value)
+    return ffn

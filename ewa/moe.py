@@ -1,0 +1,184 @@
+"""MoE layers: they hold experts and compute; they know no schedule, no optimizer and no choice of blocks.
+
+Axis legend: `T` tokens, `D` width, `E` experts, `k` experts a token is sent to.
+
+Any module with an `nn.ModuleList` called `experts` is a MoE layer to this package; one that routes also has `router`,
+and one whose output includes experts that are always on has them in `shared`.
+"""
+from collections import OrderedDict
+from copy import deepcopy
+from typing import Dict, Iterable, Iterator, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .gathering import mean
+from .partition import random_partition
+from .routing import dispatch, load_balancing_loss, top_k_gates, z_loss
+
+
+def is_moe(module: nn.Module) -> bool:
+    """Whether a module follows the MoE layer protocol (see the head of this file)."""
+    return isinstance(getattr(module, 'experts', None), nn.ModuleList) and len(module.experts) > 0
+
+
+def moe_layers(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
+    """Names and modules of all MoE layers, in the order of `named_modules()`."""
+    return ((name, module) for name, module in model.named_modules() if is_moe(module))
+
+
+def mean_state(experts: Iterable[nn.Module]) -> Dict[str, Tensor]:
+    """Name to mean over experts, for every parameter and buffer of an expert. Keeps the autograd graph."""
+    states = [OrderedDict([*expert.named_parameters(), *expert.named_buffers()]) for expert in experts]
+    return {
+        name: mean([state[name] for state in states]) if value.is_floating_point() else value
+        for name, value in states[0].items()
+    }
+
+
+def fuse_experts(experts: Sequence[nn.Module]) -> nn.Module:
+    """One new FFN whose weights are the mean of the experts'; it shares no storage with them."""
+    ffn = deepcopy(experts[0])
+    with torch.no_grad():
+        target = dict([*ffn.named_parameters(), *ffn.named_buffers()])
+        for name, value in mean_state(experts).items():
+            target[name].copy_(value)
+    return ffn
+
+
+class RandomPartitionMoE(nn.Module):
+    """A MoE whose tokens are split among the experts at random; a plain FFN for everyone but the optimizer.
+
+    `train()`: a fresh random uniform partition over all tokens of the batch at every call; each token passes through
+    exactly one expert, unscaled. `eval()`: the FFN with the mean weights, the very FFN that `fuse()` returns.
+
+    `timm.models.reparameterize_model` and `torch.jit.script` see the fused FFN (scripting replaces the layer in the
+    model it is given, as it does for everything that prepares itself for scripting).
+
+    Paper: Experts Weights Averaging, arXiv 2308.06093.
+
+    Args:
+        experts: `E >= 2` FFNs of one architecture that map `(T, D) -> (T, D)` row by row.
+    """
+
+    def __init__(self, experts: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+        if len(self.experts) < 2:
+            raise ValueError(f'A MoE layer needs at least 2 experts, got {len(self.experts)}.')
+        self.train(self.experts[0].training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., D) -> (..., D)`."""
+        if not self.training:
+            return functional_call(self.experts[0], mean_state(self.experts), (x,))
+        tokens = x.reshape(-1, x.shape[-1])
+        index, inverse, sizes = random_partition(
+            tokens.shape[0], len(self.experts), x.device, static=torch.compiler.is_compiling())
+        parts = tokens.index_select(0, index).split(sizes)
+        # an expert without tokens is called on zero rows: every parameter has a gradient, as DDP wants
+        out = torch.cat([expert(part) for expert, part in zip(self.experts, parts)])
+        return out.index_select(0, inverse).reshape(*x.shape[:-1], out.shape[-1])
+
+    def fuse(self) -> nn.Module:
+        """The dense FFN this layer computes with in `eval()`: a new module, the mean of the experts."""
+        return fuse_experts(self.experts)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return self.fuse()
+
+    def extra_repr(self) -> str:
+        return 'router=random'
+
+
+class TopKMoE(nn.Module):
+    """A gated MoE: a linear router sends each token to its `k` best experts; no token is dropped.
+
+    `y = sum_shared s(x) + sum_{e in top-k(x)} g_e(x) * f_e(x)`. Routing is computed in float32. It also routes in
+    `eval()`, so it has no `fuse()`: turning it into one FFN changes its outputs (see `ewa.to_dense`).
+
+    After a forward pass in training `losses` holds the differentiable `load_balance` and `z` terms, see
+    `routing_losses`; and after every pass `counts` holds the assignments of each expert in it, `(E,)`.
+
+    Args:
+        experts: `E >= 2` FFNs that map `(T, D) -> (T, D)` row by row.
+        width: `D`.
+        top_k: Experts a token, 1 to `E`.
+        renormalise: Make the gates of a token sum to 1.
+        shared: FFNs that every token passes through, unscaled.
+    """
+
+    def __init__(
+            self,
+            experts: Iterable[nn.Module],
+            width: int,
+            top_k: int = 2,
+            renormalise: bool = True,
+            shared: Iterable[nn.Module] = (),
+    ) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+        if len(self.experts) < 2:
+            raise ValueError(f'A MoE layer needs at least 2 experts, got {len(self.experts)}.')
+        if not 1 <= top_k <= len(self.experts):
+            raise ValueError(f'top_k must be between 1 and the number of experts {len(self.experts)}, got {top_k}.')
+        reference = next(self.experts[0].parameters())
+        self.router = nn.Linear(width, len(self.experts), bias=False, device=reference.device, dtype=reference.dtype)
+        nn.init.normal_(self.router.weight, std=0.02)
+        shared = list(shared)
+        if shared:
+            self.shared = nn.ModuleList(shared)
+        self.top_k = top_k
+        self.renormalise = renormalise
+        self.losses: Dict[str, Tensor] = {}
+        self.counts: Optional[Tensor] = None
+        self.train(self.experts[0].training)
+
+    def route(self, tokens: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+        """Gates `(T, k)`, experts `(T, k)` and logits `(T, E)` of tokens `(T, D)`."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            logits = nn.functional.linear(tokens.float(), self.router.weight.float())
+            gates, experts = top_k_gates(logits, self.top_k, self.renormalise)
+        return gates, experts, logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., D) -> (..., D)`."""
+        tokens = x.reshape(-1, x.shape[-1])
+        gates, experts, logits = self.route(tokens)
+        self.counts = torch.bincount(experts.reshape(-1), minlength=len(self.experts)).detach()
+        self.losses = {}
+        if self.training:
+            self.losses = {'load_balance': load_balancing_loss(logits, experts), 'z': z_loss(logits)}
+
+        order, sizes = dispatch(experts, len(self.experts))
+        rows = order // self.top_k
+        parts = tokens.index_select(0, rows).split(sizes)
+        routed = torch.cat([expert(part) for expert, part in zip(self.experts, parts)])
+        routed = routed * gates.reshape(-1, 1).index_select(0, order).to(routed.dtype)
+        out = torch.zeros(tokens.shape[0], routed.shape[-1], dtype=routed.dtype, device=x.device)
+        out = out.index_add(0, rows, routed)
+        for expert in getattr(self, 'shared', ()):
+            out = out + expert(tokens)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    def __getstate__(self) -> Dict:
+        # the losses carry an autograd graph, which can be neither copied nor pickled
+        return {**self.__dict__, 'losses': {}, 'counts': None}
+
+    def extra_repr(self) -> str:
+        return f'router=topk, top_k={self.top_k}, renormalise={self.renormalise}'
+
+
+def routing_losses(model: nn.Module) -> Dict[str, Tensor]:
+    """The mean over gated layers of each auxiliary loss of the last forward pass in training.
+
+    Returns:
+        `{'load_balance': scalar, 'z': scalar}`, differentiable; empty when the model has no gated layer or the last
+        pass was in `eval()`. Add them to the task loss, for instance with weights 0.01 and 0.001.
+    """
+    losses: Dict[str, list] = {}
+    for _, layer in moe_layers(model):
+        for name, value in getattr(layer, 'losses', {}).items():
+            losses.setdefault(name, []).append(value)
+    return {name: torch.stack(values).mean() for name, values in losses.items()}

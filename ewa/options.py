@@ -1,0 +1,315 @@
+"""Command-line options of the scripts: flag names and meaning are those of timm's `train.py` where timm has them."""
+import argparse
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, NoReturn, Optional, Sequence
+
+import timm
+import yaml
+from timm.utils import ParseKwargs
+from torch import nn
+
+from .averaging import SCHEDULES
+from .vision_transformer import HOSTS
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that takes defaults from a YAML file (`-c`) and fails in one line that names the way out."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        self.add_argument('-c', '--config', metavar='FILE', help='YAML file of defaults, its keys are flag names')
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: error: {" ".join(str(message).split())}\n')
+
+    def parse_args(self, args: Optional[Sequence[str]] = None, namespace=None) -> argparse.Namespace:
+        args = sys.argv[1:] if args is None else list(args)
+        # the file's entries become flags in front of the given ones: one set of checks, and the command line wins
+        config = self._config_file(args)
+        parsed, unknown = self.parse_known_args((self._config_flags(config) if config else []) + args, namespace)
+        if unknown:
+            self.error(f'unknown argument {unknown[0]}{self._nearest(unknown[0].lstrip("-"))}')
+        return parsed
+
+    @staticmethod
+    def _config_file(args: List[str]) -> Optional[str]:
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument('-c', '--config')
+        return finder.parse_known_args(args)[0].config
+
+    def _nearest(self, name: str) -> str:
+        flags = [flag.lstrip('-') for flag in self._option_string_actions]
+        close = difflib.get_close_matches(name.split('=')[0].replace('_', '-'), flags, n=1, cutoff=0.)
+        return f'; the nearest flag is --{close[0]}' if close else ''
+
+    def _config_flags(self, path: str) -> List[str]:
+        try:
+            with open(path) as f:
+                entries = yaml.safe_load(f) or {}
+        except OSError as e:
+            self.error(f'config file {path}: {e.strerror}')
+        except yaml.YAMLError as e:
+            self.error(f'config file {path} is not YAML: {e}')
+        if not isinstance(entries, dict):
+            self.error(f'config file {path} must be a list of "flag: value" lines')
+        flags = []
+        for key, value in entries.items():
+            flag = f'--{str(key).replace("_", "-")}'
+            action = self._option_string_actions.get(flag)
+            if action is None:
+                self.error(f'config file {path}: unknown key {key}{self._nearest(str(key))}')
+            if action.dest == 'config' or value is None or value is False or value == '' or value == {}:
+                continue
+            if value is True:
+                flags.append(flag)
+            elif isinstance(value, dict):
+                flags += [flag, *(f'{k}={v}' for k, v in value.items())]
+            elif isinstance(value, (list, tuple)):
+                flags += [flag, *map(str, value)]
+            else:
+                flags += [f'{flag}={value}']
+        return flags
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Where images come from and how they are prepared; the same for training, validation and calibration."""
+    group = parser.add_argument_group('Data')
+    group.add_argument('--data-dir', metavar='DIR', help='root of the data set')
+    group.add_argument('--dataset', metavar='NAME', default='',
+                       help='"<type>/<name>" for torch/, hfds/, wds/, tfds/; empty: folders or tars of images')
+    group.add_argument('--train-split', metavar='NAME', default='train', help='training split: a folder or .tar, or its name')
+    group.add_argument('--val-split', metavar='NAME', default='validation', help='validation split, likewise')
+    group.add_argument('--train-num-samples', type=int, metavar='N', help='size of the training split of an iterable data set')
+    group.add_argument('--val-num-samples', type=int, metavar='N', help='size of the validation split of an iterable data set')
+    group.add_argument('--dataset-download', action='store_true', help='allow torch/ and tfds/ data sets to be downloaded')
+    group.add_argument('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
+    group.add_argument('--input-img-mode', metavar='MODE', help='PIL mode of images; default by --in-chans: RGB or L')
+    group.add_argument('--input-key', help='key of images in hfds/, wds/ data sets')
+    group.add_argument('--target-key', help='key of labels in hfds/, wds/ data sets')
+    group.add_argument('--img-size', type=int, metavar='N', help='image size; default: the model\'s')
+    group.add_argument('--in-chans', type=int, metavar='N', help='input channels; default: 3')
+    group.add_argument('--crop-pct', type=float, metavar='N', help='centre crop of validation images')
+    group.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='pixel mean; default: the model\'s')
+    group.add_argument('--std', type=float, nargs='+', metavar='STD', help='pixel standard deviation; default: the model\'s')
+    group.add_argument('--interpolation', default='', metavar='NAME', help='resize interpolation; default: the model\'s')
+    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images a process and micro-batch')
+    group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='data loading processes')
+
+
+def train_parser() -> Parser:
+    """The options of `train.py`."""
+    parser = Parser(prog='train.py', description='Train a ViT, dense or as a mixture of experts.')
+    add_data_options(parser)
+
+    group = parser.add_argument_group('Model')
+    group.add_argument('--model', default='vit_small_ewa', metavar='NAME', help='timm model name, or local-dir:DIR')
+    group.add_argument('--pretrained', action='store_true', help='start from pretrained weights')
+    group.add_argument('--pretrained-path', metavar='PATH',
+                       help='start from this file or folder as if it were pretrained: the classifier is replaced')
+    group.add_argument('--initial-checkpoint', default='', metavar='PATH',
+                       help='start from all weights of this file or folder; dense ones are copied into the experts')
+    group.add_argument('--num-classes', type=int, metavar='N', help='default: found from the data')
+    group.add_argument('--gp', metavar='POOL', help='global pool; default: the model\'s')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+                       help='further arguments of the model')
+    group.add_argument('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass')
+    group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
+    group.add_argument('--torchcompile-mode', metavar='MODE', help='mode of torch.compile')
+
+    group = parser.add_argument_group('Experts')
+    group.add_argument('--num-experts', type=int, metavar='N', help='experts a MoE layer; makes a dense model a MoE')
+    group.add_argument('--moe-layers', metavar='WHICH',
+                       help='every:K, last:K, all, block indices "1,3,5", or a regular expression over FFN names')
+    group.add_argument('--expert-init', choices=('auto', 'copy', 'independent'), help='first weights of the experts')
+    group.add_argument('--router', choices=('random', 'topk'), help='random partition (EWA) or gated')
+    group.add_argument('--top-k', type=int, metavar='K', help='gated: experts a token')
+    group.add_argument('--num-shared', type=int, metavar='N', help='gated: experts that see every token')
+    group.add_argument('--expert-ratio', type=float, metavar='R', help='gated: 1/m, hidden width of an expert over the FFN\'s')
+    group.add_argument('--share-rate', type=float, metavar='R',
+                       help='pull of the experts toward their mean after each update, 0 to (E-1)/E; '
+                            'default: 1e-3 for random partition, 0 for gated')
+    group.add_argument('--share-schedule', choices=SCHEDULES, default='constant', help='course of the share rate')
+    group.add_argument('--share-warmup-epochs', type=float, metavar='N',
+                       help='epochs until a linear or cosine share rate is full; default: all')
+    group.add_argument('--share-every', type=int, default=1, metavar='N', help='pull at every n-th update')
+    group.add_argument('--share-stop-epoch', type=float, metavar='N', help='stop pulling after this many epochs')
+    group.add_argument('--balance-loss-weight', type=float, default=0.01, metavar='W', help='gated: load-balancing loss')
+    group.add_argument('--z-loss-weight', type=float, default=0.001, metavar='W', help='gated: router z-loss')
+
+    group = parser.add_argument_group('Distillation')
+    group.add_argument('--teacher', metavar='NAME', help='distil from this model: local-dir:DIR or a pretrained timm name')
+    group.add_argument('--kd-temperature', type=float, default=4.0, metavar='T', help='temperature of both softmaxes')
+    group.add_argument('--distill-loss-weight', type=float, metavar='W', help='weight of the KL term (1 if neither is given)')
+    group.add_argument('--task-loss-weight', type=float, metavar='W',
+                       help='weight of the label loss; alone, the KL term gets the rest to 1')
+    group.add_argument('--teacher-top1', type=float, metavar='PCT', help='accuracy of the teacher; default: measured')
+    group.add_argument('--dense-top1', type=float, metavar='PCT',
+                       help='accuracy of a dense model without a teacher, to report the share of the benefit kept')
+
+    group = parser.add_argument_group('Optimizer')
+    group.add_argument('--opt', default='adamw', metavar='NAME', help='optimizer of timm.optim')
+    group.add_argument('--opt-eps', type=float, metavar='EPS', help='default: the optimizer\'s')
+    group.add_argument('--opt-betas', type=float, nargs='+', metavar='BETA', help='default: the optimizer\'s')
+    group.add_argument('--momentum', type=float, default=0.9, metavar='M', help='momentum where there is one')
+    group.add_argument('--weight-decay', type=float, default=0.05, metavar='W', help='weight decay')
+    group.add_argument('--clip-grad', type=float, metavar='NORM', help='clip gradients')
+    group.add_argument('--clip-mode', choices=('norm', 'value'), default='norm', help='clip the global norm or each value')
+    group.add_argument('--layer-decay', type=float, metavar='D', help='layer-wise learning rate decay')
+    group.add_argument('--layer-decay-min-scale', type=float, default=0., metavar='S', help='its lowest scale')
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
+    group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='micro-batches an update')
+
+    group = parser.add_argument_group('Learning rate')
+    group.add_argument('--sched', default='cosine', metavar='NAME',
+                       choices=('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant'))
+    group.add_argument('--sched-on-updates', action='store_true', help='step the schedule at each update, not epoch')
+    group.add_argument('--lr', type=float, metavar='LR', help='learning rate; default: from --lr-base')
+    group.add_argument('--lr-base', type=float, default=5e-4, metavar='LR', help='learning rate at a batch of --lr-base-size')
+    group.add_argument('--lr-base-size', type=int, default=512, metavar='N', help='images an update')
+    group.add_argument('--lr-base-scale', choices=('', 'linear', 'sqrt'), default='',
+                       help='scaling with the batch; empty: sqrt for adaptive optimizers, else linear')
+    group.add_argument('--epochs', type=int, default=300, metavar='N', help='epochs to train')
+    group.add_argument('--warmup-epochs', type=int, default=5, metavar='N')
+    group.add_argument('--warmup-lr', type=float, default=1e-6, metavar='LR')
+    group.add_argument('--warmup-prefix', action='store_true', help='count warm-up epochs apart from --epochs')
+    group.add_argument('--min-lr', type=float, default=0., metavar='LR')
+    group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N')
+    group.add_argument('--decay-epochs', type=float, default=90, metavar='N')
+    group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N')
+    group.add_argument('--decay-rate', type=float, default=0.1, metavar='R')
+
+    group = parser.add_argument_group('Augmentation and regularisation')
+    group.add_argument('--no-aug', action='store_true', help='no training augmentation at all')
+    group.add_argument('--train-crop-mode', metavar='MODE', help='rrc, rkrc or rkrr; default: rrc')
+    group.add_argument('--scale', type=float, nargs=2, default=[0.08, 1.0], metavar='PCT', help='area of random crops')
+    group.add_argument('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], metavar='R', help='aspect of random crops')
+    group.add_argument('--hflip', type=float, default=0.5, metavar='P')
+    group.add_argument('--vflip', type=float, default=0., metavar='P')
+    group.add_argument('--color-jitter', type=float, default=0.4, metavar='F')
+    group.add_argument('--color-jitter-prob', type=float, metavar='P')
+    group.add_argument('--grayscale-prob', type=float, default=0., metavar='P')
+    group.add_argument('--gaussian-blur-prob', type=float, default=0., metavar='P')
+    group.add_argument('--aa', metavar='NAME', help='RandAugment or AutoAugment, e.g. rand-m9-mstd0.5-inc1')
+    group.add_argument('--reprob', type=float, default=0., metavar='P', help='random erasing')
+    group.add_argument('--remode', default='pixel', metavar='MODE')
+    group.add_argument('--recount', type=int, default=1, metavar='N')
+    group.add_argument('--train-interpolation', default='random', metavar='NAME')
+    group.add_argument('--mixup', type=float, default=0., metavar='ALPHA')
+    group.add_argument('--cutmix', type=float, default=0., metavar='ALPHA')
+    group.add_argument('--cutmix-minmax', type=float, nargs=2, metavar='R')
+    group.add_argument('--mixup-prob', type=float, default=1., metavar='P')
+    group.add_argument('--mixup-switch-prob', type=float, default=0.5, metavar='P')
+    group.add_argument('--mixup-mode', choices=('batch', 'pair', 'elem'), default='batch')
+    group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixup from this epoch on; 0: never')
+    group.add_argument('--smoothing', type=float, default=0.1, metavar='S', help='label smoothing')
+    group.add_argument('--bce-loss', action='store_true', help='binary cross-entropy')
+    group.add_argument('--bce-sum', action='store_true', help='sum it over classes')
+    group.add_argument('--bce-target-thresh', type=float, metavar='T', help='make soft targets binary above this')
+    group.add_argument('--drop', type=float, metavar='P', help='dropout')
+    group.add_argument('--drop-path', type=float, metavar='P', help='stochastic depth')
+
+    group = parser.add_argument_group('Averages over time')
+    group.add_argument('--model-ema', action='store_true', help='keep an exponential moving average of the weights')
+    group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='D')
+    group.add_argument('--model-ema-warmup', action='store_true', help='let the decay rise from 0')
+
+    group = parser.add_argument_group('Run')
+    group.add_argument('--seed', type=int, default=42, metavar='N')
+    group.add_argument('--amp', action='store_true', help='mixed precision (or by accelerate launch)')
+    group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16')
+    group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N', help='default: --batch-size')
+    group.add_argument('--pin-mem', action='store_true', help='pin host memory of batches')
+    group.add_argument('--log-interval', type=int, default=50, metavar='N', help='updates between log entries')
+    group.add_argument('--val-interval', type=int, default=1, metavar='N', help='epochs between validations')
+    group.add_argument('--checkpoint-hist', type=int, default=2, metavar='N', help='checkpoints to keep')
+    group.add_argument('--eval-metric', choices=('top1', 'top5', 'loss'), default='top1', help='what best/ is chosen by')
+    group.add_argument('--output', default='output', metavar='DIR', help='parent of all experiments')
+    group.add_argument('--experiment', default='', metavar='NAME', help='folder of this run; default: time and model')
+    group.add_argument('--resume', action='store_true', help='go on from the newest whole checkpoint of the experiment')
+    return parser
+
+
+def convert_parser() -> Parser:
+    """The options of `convert.py`."""
+    parser = Parser(prog='convert.py', description='Turn a MoE model into a dense one and export it as a vanilla timm folder.')
+    parser.add_argument('source', metavar='SRC', help='model folder, checkpoint folder, or .safetensors / .pth file')
+    parser.add_argument('--output', required=True, metavar='DIR', help='folder to make')
+    parser.add_argument('--overwrite', action='store_true', help='replace DIR if it exists')
+    parser.add_argument('--method', default='average', metavar='NAME', help='how experts become one FFN')
+    parser.add_argument('--use-ema', action='store_true', help='convert the EMA weights')
+    parser.add_argument('--onnx', action='store_true', help='also write DIR/model.onnx and compare it with onnxruntime')
+    group = parser.add_argument_group('Bare files')
+    group.add_argument('--model', metavar='NAME', help='architecture of the weights, e.g. vit_small_ewa')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+                       help='its arguments, e.g. num_classes=100 num_experts=8')
+    add_data_options(parser)
+    return parser
+
+
+def moe_arguments(args: argparse.Namespace) -> Dict[str, Any]:
+    """The arguments of `to_moe` that were given as flags.
+
+    Raises:
+        ValueError: `--moe-layers` holds numbers that are not block indices.
+    """
+    layers: Any = args.moe_layers
+    if layers and layers[0].isdigit():
+        try:
+            layers = [int(i) for i in layers.split(',')]
+        except ValueError as e:
+            raise ValueError(f'--moe-layers {args.moe_layers}: give block indices as 1,3,5.') from e
+    flags = dict(
+        num_experts=args.num_experts, layers=layers, init=args.expert_init, router=args.router, top_k=args.top_k,
+        num_shared=args.num_shared, expert_ratio=args.expert_ratio)
+    return {k: v for k, v in flags.items() if v is not None}
+
+
+def build_model(args: argparse.Namespace) -> nn.Module:
+    """The model of `--model` and the expert flags, with the weights that were asked for.
+
+    A dense name with `--num-experts` becomes the generic entry `vit_ewa(host=NAME)`.
+
+    Raises:
+        ValueError: Unknown name or argument, or weights of another model.
+    """
+    name, kwargs = args.model, dict(args.model_kwargs)
+    experts = moe_arguments(args)
+    source = name.split(':')[0] if ':' in name else None
+    architecture, _, tag = ('', '', '') if source else name.partition('.')
+    if not source and not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.)
+        raise ValueError(f'--model {name} is not a model; the nearest are {", ".join(close)}.')
+    is_entry = architecture in HOSTS
+    if experts and not is_entry and not source:
+        if 'num_experts' not in experts:
+            raise ValueError(f'--model {name} is dense; give --num-experts N to train it as a mixture of experts.')
+        kwargs.update(host=architecture)
+        name = f'vit_ewa.{tag}' if tag else 'vit_ewa'
+    kwargs.update(experts)
+
+    host = kwargs.get('host') or HOSTS.get(architecture) or architecture
+    if args.img_size is not None and (source or timm.get_pretrained_cfg_value(host, 'fixed_input_size')):
+        kwargs.setdefault('img_size', args.img_size)
+    kwargs.update({k: v for k, v in dict(
+        in_chans=args.in_chans, num_classes=args.num_classes, global_pool=args.gp, drop_rate=args.drop,
+        drop_path_rate=args.drop_path).items() if v is not None})
+
+    given = args.initial_checkpoint or args.pretrained_path
+    if given:
+        path = Path(given)
+        if not path.exists():
+            raise ValueError(f'{given} does not exist.')
+        # the classifier is part of an initial checkpoint; of pretrained weights it is replaced, as by timm
+        overlay: Dict[str, Any] = dict(num_classes=args.num_classes if args.initial_checkpoint else -1)
+        overlay.update(dict(source='local-dir', file=str(path)) if path.is_dir() else dict(file=str(path)))
+        kwargs['pretrained_cfg_overlay'] = overlay
+    try:
+        return timm.create_model(name, pretrained=bool(args.pretrained or given or source), **kwargs)
+    except TypeError as e:
+        raise ValueError(f'{name} can\'t be made with {kwargs}: {e}') from e
+    except RuntimeError as e:
+        if given and 'state_dict' in str(e):
+            raise ValueError(f'{given} holds weights of another model than {name}: {str(e)[:300]}') from e
+        raise

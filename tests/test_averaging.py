@@ -1,0 +1,495 @@
+import json
+import math
+from copy import deepcopy
+
+import pytest
+import timm.optim
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from sklearn.datasets import load_digits
+from timm.layers import Mlp
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+import ewa
+import reference
+from ewa.averaging import _stochastic_round, max_share_rate
+from ewa.moe import RandomPartitionMoE, moe_layers
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def moe_layer(num_experts=4, width=8, hidden=16, dtype=None, seed=0):
+    torch.manual_seed(seed)
+    return RandomPartitionMoE(Mlp(width, hidden) for _ in range(num_experts)).to(dtype)
+
+
+def expert_parameters(layer):
+    return [list(expert.parameters()) for expert in layer.experts]
+
+
+def snapshot(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def deviation(layer):
+    """Root mean square distance of the experts to their mean."""
+    total, count = 0., 0
+    for parameters in zip(*expert_parameters(layer)):
+        stacked = torch.stack([p.detach().double() for p in parameters])
+        total += (stacked - stacked.mean(0)).square().sum().item()
+        count += stacked.numel()
+    return math.sqrt(total / count)
+
+
+def are_equal(layer):
+    return all(torch.equal(parameters[0], p) for parameters in zip(*expert_parameters(layer)) for p in parameters)
+
+
+def train_step(model, optimizer, seed=0):
+    torch.manual_seed(seed)
+    model.train()(torch.randn(8, 8)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize('num_experts', range(2, 9))
+@pytest.mark.parametrize('part', [0, .001, .3, .77, 1])
+def test_pull_is_the_equation(num_experts, part):
+    share_rate = part * (num_experts - 1) / num_experts
+    layer = moe_layer(num_experts)
+    expected = reference.pull(expert_parameters(layer), share_rate)
+    means = [reference.mean(p) for p in zip(*expert_parameters(layer))]
+    before = deviation(layer)
+    ewa.ExpertAverager(layer, share_rate).step()
+    for parameters, values in zip(expert_parameters(layer), expected):
+        for p, value in zip(parameters, values):
+            torch.testing.assert_close(p.double(), value, atol=2e-7, rtol=0)
+    for parameters, mean in zip(zip(*expert_parameters(layer)), means):
+        torch.testing.assert_close(reference.mean(parameters), mean, atol=1e-7, rtol=0)
+    assert deviation(layer) == pytest.approx((1 - share_rate * num_experts / (num_experts - 1)) * before, abs=1e-7)
+
+
+def test_layers_of_different_numbers_of_experts_are_pulled_by_their_own_equation():
+    model = nn.ModuleList([moe_layer(2), moe_layer(5), moe_layer(2, seed=1)])
+    expected = [reference.pull(expert_parameters(layer), .4) for layer in model]
+    ewa.ExpertAverager(model, .4).step()
+    for layer, experts in zip(model, expected):
+        for parameters, values in zip(expert_parameters(layer), experts):
+            for p, value in zip(parameters, values):
+                torch.testing.assert_close(p.double(), value, atol=2e-7, rtol=0)
+
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(router='topk'), dict(router='topk', num_shared=1, expert_ratio=.25)])
+def test_pull_touches_experts_only(tiny, images, kwargs):
+    model = ewa.to_moe(tiny(), init='independent', **kwargs).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(images).square().sum().backward()
+    optimizer.step()
+    before, pointers = snapshot(model), {name: p.data_ptr() for name, p in model.named_parameters()}
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    state = deepcopy(optimizer.state_dict())
+    torch.manual_seed(0)
+    rng = torch.get_rng_state()
+
+    ewa.ExpertAverager(model, .5).step()
+    assert torch.equal(torch.get_rng_state(), rng)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == ('.experts.' not in name), name
+        assert p.data_ptr() == pointers[name] and torch.equal(p.grad, grads[name]) and p.requires_grad
+    after = optimizer.state_dict()
+    assert after['param_groups'] == state['param_groups']
+    for i, values in state['state'].items():
+        assert all(torch.equal(value, after['state'][i][key]) for key, value in values.items())
+
+
+@pytest.mark.parametrize('num_experts', range(2, 9))
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, *HALF])
+def test_the_largest_rate_makes_experts_equal_to_the_bit(num_experts, dtype):
+    layer = moe_layer(num_experts, dtype=dtype)
+    ewa.ExpertAverager(layer, max_share_rate(num_experts)).step()
+    assert are_equal(layer)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, *HALF])
+@pytest.mark.parametrize('share_rate', [1e-4, .1, .5, .75])
+def test_equal_experts_stay_as_they_are(dtype, share_rate):
+    torch.manual_seed(0)
+    ffn = Mlp(64, 256)
+    layer = RandomPartitionMoE(deepcopy(ffn) for _ in range(4)).to(dtype)
+    before = snapshot(layer)
+    averager = ewa.ExpertAverager(layer, share_rate)
+    for _ in range(10):
+        averager.step()
+    assert all(torch.equal(p, before[name]) for name, p in layer.named_parameters())
+
+
+def test_zero_rate_changes_nothing():
+    layer = moe_layer()
+    before = snapshot(layer)
+    averager = ewa.ExpertAverager(layer, 0)
+    averager.step()
+    assert averager.pulls == 1 and all(torch.equal(p, before[name]) for name, p in layer.named_parameters())
+
+
+def test_training_with_the_hook_is_training_with_the_equation(tiny):
+    data, labels = load_digits(return_X_y=True)
+    data = torch.tensor(data, dtype=torch.float64).reshape(-1, 1, 8, 8) / 8 - 1
+    labels = torch.tensor(labels)
+    results = []
+    for attach in (True, False):
+        model = tiny(img_size=8, patch_size=2, in_chans=1, depth=2).double()
+        ewa.to_moe(model, layers='all', init='independent').train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        averager = ewa.ExpertAverager(model, .2, schedule='linear', total_steps=60)
+        if attach:
+            averager.attach(optimizer)
+        layers, losses, start = [layer for _, layer in moe_layers(model)], [], deviation(model.blocks[0].mlp)
+        for step in range(100):
+            torch.manual_seed(step)
+            chosen = torch.randint(len(data), (32,))
+            loss = nn.functional.cross_entropy(model(data[chosen]), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if not attach:
+                reference.pull_layers(layers, .2 * min(1, (step + 1) / 60))
+            losses.append(loss.item())
+        results.append((snapshot(model), losses))
+        assert sum(losses[-10:]) < .8 * sum(losses[:10])
+        assert deviation(model.blocks[0].mlp) < .1 * start
+    for name, p in results[0][0].items():
+        torch.testing.assert_close(p, results[1][0][name], atol=1e-8, rtol=0)
+    assert results[0][1] == pytest.approx(results[1][1], abs=1e-8)
+
+
+class TestSchedule:
+    @pytest.mark.parametrize('schedule, rate', [
+        ('constant', lambda t: .3),
+        ('linear', lambda t: .3 * min(1, t / 5)),
+        ('cosine', lambda t: .3 * (1 - math.cos(math.pi * min(1, t / 5))) / 2),
+    ])
+    def test_rate_at_pull_t(self, schedule, rate):
+        layer = moe_layer(2)
+        averager = ewa.ExpertAverager(layer, .3, schedule, total_steps=None if schedule == 'constant' else 5)
+        for t in range(1, 9):
+            assert averager.share_rate == pytest.approx(rate(t), abs=1e-12)
+            before = deviation(layer)
+            averager.step()
+            assert deviation(layer) == pytest.approx((1 - 2 * rate(t)) * before, rel=1e-4, abs=1e-7)
+
+    def test_every_pulls_at_each_nth_step(self):
+        layer = moe_layer(2)
+        averager = ewa.ExpertAverager(layer, .3, 'linear', total_steps=2, every=3)
+        factors = []
+        for _ in range(9):
+            before = deviation(layer)
+            averager.step()
+            factors.append(deviation(layer) / before)
+        assert factors == pytest.approx([1, 1, .7, 1, 1, .4, 1, 1, .4], rel=1e-4)
+        assert (averager.steps, averager.pulls) == (9, 3)
+
+    def test_stop_after(self):
+        layer = moe_layer(2)
+        averager = ewa.ExpertAverager(layer, .25, stop_after=2)
+        before = deviation(layer)
+        for _ in range(5):
+            averager.step()
+        assert deviation(layer) == pytest.approx(before / 4, rel=1e-4) and averager.share_rate == 0
+
+    def test_state_dict_round_trip(self):
+        averager = ewa.ExpertAverager(moe_layer(), .3, 'cosine', total_steps=9, every=2)
+        for _ in range(7):
+            averager.step()
+        other = ewa.ExpertAverager(moe_layer(), .3, 'cosine', total_steps=9, every=2)
+        assert other.share_rate != averager.share_rate
+        other.load_state_dict(json.loads(json.dumps(averager.state_dict())))
+        for _ in range(3):
+            assert other.share_rate == averager.share_rate
+            averager.step()
+            other.step()
+            assert other.state_dict() == averager.state_dict()
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(share_rate=-.1), r'share_rate must be between 0 and \(E-1\)/E = 0.75 for 4 experts, got -0.1'),
+    (dict(share_rate=.751), r'0.75 for 4 experts, got 0.751'),
+    (dict(share_rate=float('nan')), 'share_rate'),
+    (dict(share_rate=.1, schedule='step'), "schedule must be one of constant, linear, cosine, got 'step'"),
+    (dict(share_rate=.1, schedule='linear'), 'needs total_steps >= 1, got None'),
+    (dict(share_rate=.1, schedule='cosine', total_steps=0), 'needs total_steps'),
+    (dict(share_rate=.1, every=0), 'every must be at least 1'),
+    (dict(share_rate=.1, stop_after=-1), 'stop_after'),
+])
+def test_arguments_are_checked_at_construction(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ewa.ExpertAverager(moe_layer(), **kwargs)
+
+
+def test_the_smallest_layer_limits_the_rate():
+    model = nn.ModuleList([moe_layer(8), moe_layer(2)])
+    ewa.ExpertAverager(model, .5)
+    with pytest.raises(ValueError, match='0.5 for 2 experts'):
+        ewa.ExpertAverager(model, .6)
+
+
+def test_a_dense_model_is_refused(tiny):
+    with pytest.raises(ValueError, match='no MoE layer to average.*ewa.to_moe'):
+        ewa.ExpertAverager(tiny(), .1)
+
+
+def test_experts_of_different_shapes_are_refused():
+    layer = RandomPartitionMoE([Mlp(8, 16), Mlp(8, 32)])
+    with pytest.raises(ValueError, match='differ in shape'):
+        ewa.ExpertAverager(layer, .1).step()
+
+
+class TestAttach:
+    def test_pulls_once_a_step_until_removed(self):
+        layer = moe_layer()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0)
+        averager = ewa.ExpertAverager(layer, .3)
+        handle = averager.attach(optimizer)
+        start = deviation(layer)
+        train_step(layer, optimizer)
+        train_step(layer, optimizer)
+        assert averager.pulls == 2 and deviation(layer) == pytest.approx(.36 * start, rel=1e-5)
+        handle.remove()
+        train_step(layer, optimizer)
+        assert averager.pulls == 2 and deviation(layer) == pytest.approx(.36 * start, rel=1e-5)
+
+    def test_a_second_time_is_refused_until_detached(self):
+        layer = moe_layer()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0)
+        averager = ewa.ExpertAverager(layer, .3)
+        handle = averager.attach(optimizer)
+        for other in (optimizer, torch.optim.SGD(layer.parameters(), lr=0)):
+            with pytest.raises(RuntimeError, match='attached already.*remove'):
+                averager.attach(other)
+        handle.remove()
+        averager.attach(optimizer)
+        train_step(layer, optimizer)
+        assert averager.pulls == 1
+
+    def test_parameters_may_be_replaced_or_moved_afterwards(self):
+        layer = moe_layer()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0)
+        averager = ewa.ExpertAverager(layer, max_share_rate(4))
+        averager.attach(optimizer)
+        other = moe_layer(seed=1).double()
+        for expert, new in zip(layer.experts, other.experts):
+            for linear in ('fc1', 'fc2'):
+                setattr(expert, linear, getattr(new, linear))
+        assert not are_equal(layer)
+        optimizer.step()
+        assert are_equal(layer) and layer.experts[0].fc1.weight.dtype == torch.float64
+
+    def test_not_part_of_copies_of_the_optimizer(self):
+        layer = moe_layer()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0)
+        averager = ewa.ExpertAverager(layer, .3)
+        averager.attach(optimizer)
+        assert 'hook' not in str(optimizer.state_dict())
+        optimizer.load_state_dict(optimizer.state_dict())
+        train_step(layer, optimizer)
+        assert averager.pulls == 1
+
+    def test_the_pull_comes_after_the_update(self):
+        layer, by_hand = moe_layer(), moe_layer()
+        optimizer, other = (torch.optim.SGD(m.parameters(), lr=.5, momentum=.9) for m in (layer, by_hand))
+        ewa.ExpertAverager(layer, .3).attach(optimizer)
+        for seed in range(3):
+            train_step(layer, optimizer, seed)
+            train_step(by_hand, other, seed)
+            reference.pull_layers([by_hand], .3)
+        for p, q in zip(layer.parameters(), by_hand.parameters()):
+            torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+
+
+AVAILABLE = timm.optim.list_optimizers(exclude_filters=['bnb*', 'fused*'])  # those need other packages and a GPU
+
+
+@torch.compiler.set_stance('force_eager')
+@pytest.mark.parametrize('name', AVAILABLE)
+def test_every_optimizer_of_timm_runs_the_hook(name):
+    results = []
+    for attach in (True, False):
+        layer = moe_layer()
+        optimizer = create_optimizer_v2(layer, opt=name, lr=1e-2, weight_decay=.01)
+        averager = ewa.ExpertAverager(layer, .3)
+        if attach:
+            averager.attach(optimizer)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            loss = layer.train()(torch.randn(8, 8)).square().mean()
+            optimizer.zero_grad()
+            loss.backward(create_graph=name == 'adahessian')
+            optimizer.step()
+            if not attach:
+                averager.step()
+        assert averager.pulls == 3
+        results.append(snapshot(layer))
+    start = snapshot(moe_layer())
+    assert all(torch.equal(p, results[1][key]) for key, p in results[0].items())
+    assert not any(torch.equal(p, start[key]) for key, p in results[0].items())
+
+
+def test_an_optimizer_without_hooks_is_refused_with_the_way_out():
+    layer = moe_layer()
+    optimizer = create_optimizer_v2(layer, opt='lookahead_adamw', lr=0, weight_decay=0)
+    averager = ewa.ExpertAverager(layer, .3)
+    with pytest.raises(TypeError, match=r'Lookahead does not run step hooks.*averager.step\(\) after each'):
+        averager.attach(optimizer)
+    start = deviation(layer)
+    train_step(layer, optimizer)
+    averager.step()
+    assert deviation(layer) == pytest.approx(.6 * start, rel=1e-5)
+
+
+class TestAccelerate:
+    @pytest.fixture(autouse=True)
+    def fresh_state(self):
+        AcceleratorState._reset_state(True)
+        yield
+        AcceleratorState._reset_state(True)
+
+    @pytest.mark.parametrize('when', ['before', 'after'])
+    def test_accumulated_gradients_are_one_pull(self, when):
+        layer = moe_layer()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=.1)
+        averager = ewa.ExpertAverager(layer, .3)
+        if when == 'before':
+            averager.attach(optimizer)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+        model, optimizer = accelerator.prepare(layer, optimizer)
+        if when == 'after':
+            averager.attach(optimizer)
+        by_hand = moe_layer()
+        other = torch.optim.SGD(by_hand.parameters(), lr=.1)
+        for step in range(1, 10):
+            with accelerator.accumulate(model):
+                torch.manual_seed(step)
+                accelerator.backward(model.train()(torch.randn(8, 8)).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+            assert averager.pulls == step // 3
+            torch.manual_seed(step)
+            (by_hand.train()(torch.randn(8, 8)).square().mean() / 3).backward()
+            if step % 3 == 0:
+                other.step()
+                other.zero_grad()
+                reference.pull_layers([by_hand], .3)
+        for p, q in zip(layer.parameters(), by_hand.parameters()):
+            torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+
+    def test_is_checkpointed_by_accelerate(self, tmp_path):
+        accelerator = Accelerator(cpu=True)
+        averager = ewa.ExpertAverager(moe_layer(), .3, 'linear', total_steps=10)
+        accelerator.register_for_checkpointing(averager)
+        averager.step()
+        accelerator.save_state(tmp_path)
+        averager.step()
+        accelerator.load_state(tmp_path)
+        assert averager.pulls == 1
+
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_steps_skipped_by_the_loss_scaler_are_not_pulled(fused):
+    layer = moe_layer()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=.01, fused=fused)
+    scaler = torch.amp.GradScaler('cpu', init_scale=2.)
+    averager = ewa.ExpertAverager(layer, .3)
+    averager.attach(optimizer)
+    pulls = []
+    for step in range(6):
+        before = snapshot(layer)
+        scaler.scale(layer.train()(torch.randn(8, 8)).square().mean()).backward()
+        if step in (0, 3):
+            layer.experts[0].fc1.weight.grad[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        pulls.append(averager.pulls)
+        changed = [not torch.equal(p, before[name]) for name, p in layer.named_parameters()]
+        assert not any(changed) if step in (0, 3) else all(changed)
+    assert pulls == [0, 1, 2, 2, 3, 4]
+
+
+class TestHalfPrecision:
+    @pytest.mark.parametrize('dtype', HALF)
+    def test_small_rates_shrink_deviations_at_their_speed_and_keep_the_mean(self, dtype):
+        pulls, share_rate, num_experts = 1000, 1e-4, 4
+        layer = moe_layer(num_experts, width=32, hidden=128, dtype=dtype)
+        weights = [expert.fc1.weight for expert in layer.experts]
+
+        def split():
+            stacked = torch.stack([w.detach().double() for w in weights])
+            return stacked.mean(0), stacked - stacked.mean(0)
+
+        mean, start = split()
+        averager = ewa.ExpertAverager(layer, share_rate)
+        for _ in range(pulls):
+            averager.step()
+        new_mean, end = split()
+        expected = (1 - share_rate * num_experts / (num_experts - 1)) ** pulls
+        assert expected == pytest.approx(.875, abs=.01)
+        # what is left of the first deviation; rounding noise is not correlated with it
+        assert ((start * end).sum() / start.square().sum()).item() == pytest.approx(expected, abs=.01)
+        drift = new_mean - mean
+        assert abs(drift.mean()) < 5 * drift.std() / math.sqrt(drift.numel())
+        assert drift.std() < .1 * start.std()
+
+    @pytest.mark.parametrize('dtype', HALF)
+    def test_rounds_to_a_neighbour_without_bias(self, dtype):
+        torch.manual_seed(0)
+        values = torch.randn(200, 1).expand(200, 4000).contiguous()
+        rounded = _stochastic_round(values, dtype, torch.rand(values.shape)).float()
+        unit = 2. ** (torch.frexp(values).exponent - {torch.bfloat16: 8, torch.float16: 11}[dtype])
+        error = (rounded - values) / unit
+        assert error.abs().max() < 1
+        assert (error.mean(1).abs() < 5 * .5 / math.sqrt(4000)).all()
+
+    @pytest.mark.parametrize('dtype', HALF)
+    def test_representable_values_are_not_rounded(self, dtype):
+        limits = torch.finfo(dtype)
+        values = torch.cat([
+            torch.randn(100000), torch.tensor([0., limits.max, limits.min, limits.tiny, limits.smallest_normal / 2])])
+        values = values.to(dtype)
+        for noise in (torch.rand(values.shape), torch.full(values.shape, 1 - 2 ** -24), torch.zeros(values.shape)):
+            assert torch.equal(_stochastic_round(values.float(), dtype, noise), values)
+
+    @pytest.mark.parametrize('dtype', HALF)
+    def test_replicas_stay_equal(self, dtype):
+        first, second = moe_layer(dtype=dtype), moe_layer(dtype=dtype)
+        averagers = [ewa.ExpertAverager(layer, 1e-3) for layer in (first, second)]
+        before = snapshot(first)
+        for seed in range(20):
+            torch.manual_seed(seed)  # the ranks' own random streams play no part
+            averagers[0].step()
+            averagers[1].step()
+        assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters()))
+        assert not any(torch.equal(p, before[name]) for name, p in first.named_parameters())
+
+    def test_resumes_to_the_bit(self):
+        whole, resumed = moe_layer(dtype=torch.bfloat16), moe_layer(dtype=torch.bfloat16)
+        averager, first = ewa.ExpertAverager(whole, .01), ewa.ExpertAverager(resumed, .01)
+        for _ in range(10):
+            averager.step()
+        for _ in range(5):
+            first.step()
+        second = ewa.ExpertAverager(resumed, .01)
+        second.load_state_dict(first.state_dict())
+        for _ in range(5):
+            second.step()
+        assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters()))
+
+    def test_full_precision_parameters_beside_half_ones_follow_the_equation(self):
+        layer = moe_layer()
+        for expert in layer.experts:
+            expert.fc1.bfloat16()
+        expected = reference.pull([list(expert.fc2.parameters()) for expert in layer.experts], .3)
+        ewa.ExpertAverager(layer, .3).step()
+        for expert, values in zip(layer.experts, expected):
+            for p, value in zip(expert.fc2.parameters(), values):
+                torch.testing.assert_close(p.double(), value, atol=2e-7, rtol=0)

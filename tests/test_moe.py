@@ -1,0 +1,320 @@
+import io
+import pickle
+from copy import deepcopy
+
+import pytest
+import torch
+from timm.layers import Mlp
+from timm.models import get_notrace_modules, reparameterize_model
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import ewa
+import ewa.moe
+import reference
+from ewa.gathering import mean
+from ewa.moe import RandomPartitionMoE, TopKMoE, is_moe, moe_layers
+from ewa.partition import random_partition
+
+
+def random_layer(num_experts=4, drop=0.):
+    torch.manual_seed(0)
+    return RandomPartitionMoE(Mlp(8, 16, drop=drop) for _ in range(num_experts))
+
+
+def gated_layer(num_experts=4, num_shared=0, **kwargs):
+    torch.manual_seed(0)
+    layer = TopKMoE(
+        [Mlp(8, 16) for _ in range(num_experts)], 8, shared=[Mlp(8, 16) for _ in range(num_shared)], **kwargs)
+    nn.init.normal_(layer.router.weight)
+    return layer
+
+
+class Tag(nn.Module):
+    """Multiplies by a number that says which expert it is."""
+
+    def __init__(self, tag):
+        super().__init__()
+        self.tag = nn.Parameter(torch.tensor(float(tag)))
+
+    def forward(self, x):
+        return x * self.tag
+
+
+@pytest.fixture
+def moe(tiny):
+    return lambda **kwargs: ewa.to_moe(tiny(), **kwargs)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+class TestRandomPartition:
+    @pytest.mark.parametrize('shape', [(16, 8), (2, 9, 8), (2, 3, 3, 8), (3, 8), (1, 8)])
+    def test_training_equals_the_reference_for_the_drawn_partition(self, shape):
+        layer, x = random_layer(), torch.randn(shape)
+        tokens = x.reshape(-1, 8)
+        torch.manual_seed(1)
+        owner = reference.owners(*random_partition(len(tokens), 4))
+        torch.manual_seed(1)
+        out = layer.train()(x)
+        assert out.shape == x.shape
+        torch.testing.assert_close(out.reshape(-1, 8), reference.partition_forward(tokens, layer.experts, owner))
+
+    def test_every_layer_and_step_draws_over_all_tokens_of_the_batch(self, moe, images, monkeypatch):
+        draws = []
+
+        def record(num_tokens, *args, **kwargs):
+            draws.append((num_tokens, random_partition(num_tokens, *args, **kwargs)))
+            return draws[-1][1]
+
+        monkeypatch.setattr(ewa.moe, 'random_partition', record)
+        model = moe(layers='all').train()
+        model(images)
+        model(images)
+        assert [n for n, _ in draws] == [3 * 17] * 8  # 4 layers, 2 steps; the class token is one of the 17
+        assert len({tuple(index.tolist()) for _, (index, _, _) in draws}) == 8
+
+    def test_eval_is_the_fused_ffn_to_the_bit(self):
+        layer, x = random_layer().eval(), torch.randn(2, 9, 8)
+        assert torch.equal(layer(x), layer.fuse()(x))
+        assert torch.equal(layer(x), layer(x))
+
+    def test_fuse_is_the_mean_in_new_storage(self):
+        layer = random_layer()
+        before = deepcopy(layer.state_dict())
+        ffn = layer.fuse()
+        assert type(ffn) is Mlp and ffn.training == layer.training
+        for name, value in ffn.named_parameters():
+            values = [expert.get_parameter(name) for expert in layer.experts]
+            torch.testing.assert_close(value, reference.mean(values).float())
+            with torch.no_grad():
+                value.zero_()
+        assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+
+    @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    def test_equal_tensors_are_their_own_mean(self, dtype):
+        w = torch.randn(1000).to(dtype)
+        for num_experts in range(2, 9):
+            assert torch.equal(mean([w] * num_experts), w)
+
+    def test_timm_reparameterises_to_the_vanilla_model(self, tiny, images):
+        model = ewa.to_moe(tiny(), init='independent').eval()
+        vanilla = reparameterize_model(model)
+        assert list(vanilla.state_dict()) == list(tiny().state_dict())
+        assert torch.equal(vanilla(images), model(images))
+
+    @pytest.mark.parametrize('num_tokens', [0, 1, 3])
+    def test_experts_without_tokens_have_gradients(self, num_tokens):
+        layer = random_layer().train()
+        out = layer(torch.randn(num_tokens, 8))
+        assert out.shape == (num_tokens, 8)
+        out.sum().backward()
+        assert all(p.grad is not None for p in layer.parameters())
+        assert sum(bool(e.fc1.weight.grad.any()) for e in layer.experts) == num_tokens
+
+    def test_eval_gradients_reach_all_experts_equally(self):
+        layer = random_layer().eval()
+        layer(torch.randn(5, 8)).square().sum().backward()
+        for name, p in layer.experts[0].named_parameters():
+            assert p.grad.any()
+            for expert in layer.experts[1:]:
+                torch.testing.assert_close(expert.get_parameter(name).grad, p.grad)
+
+    def test_dropout_of_experts_is_off_in_eval(self):
+        layer, x = random_layer(drop=.5), torch.randn(5, 8)
+        assert not torch.equal(layer.train()(x), layer(x))
+        assert torch.equal(layer.eval()(x), layer(x))
+
+    @pytest.mark.parametrize('count', [0, 1])
+    def test_fewer_than_two_experts_are_refused(self, count):
+        with pytest.raises(ValueError, match='at least 2 experts'):
+            RandomPartitionMoE(Mlp(8, 16) for _ in range(count))
+
+    @pytest.mark.parametrize('num_tokens', [16, 18, 3])
+    def test_compiled_each_token_has_one_expert(self, num_tokens):
+        torch.compiler.reset()
+        layer = RandomPartitionMoE(Tag(10. ** e) for e in range(4)).train()
+        compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
+        seen = set()
+        for _ in range(3):
+            out = compiled(torch.ones(num_tokens, 1))
+            loads = [int((out == 10. ** e).sum()) for e in range(4)]
+            assert sum(loads) == num_tokens and max(loads) - min(loads) <= 1
+            seen.add(tuple(out.flatten().tolist()))
+        assert len(seen) > 1
+        # the gradient of a tag is its number of tokens: filling rows add nothing
+        out.sum().backward()
+        assert [layer.experts[e].tag.grad.item() for e in range(4)] == loads
+
+    @pytest.mark.parametrize('dynamic', [None, True])
+    def test_compiled_for_changing_numbers_of_tokens(self, dynamic):
+        torch.compiler.reset()
+        layer = RandomPartitionMoE(Tag(10. ** e) for e in range(4)).train()
+        compiled = torch.compile(layer, fullgraph=True, backend='eager', dynamic=dynamic)
+        for num_tokens in (16, 40, 18, 21, 2):
+            out = compiled(torch.ones(num_tokens, 1))
+            loads = [int((out == 10. ** e).sum()) for e in range(4)]
+            assert sum(loads) == num_tokens and max(loads) - min(loads) <= 1
+
+
+@pytest.mark.parametrize('num_experts', [3, 4])
+def test_model_compiles_without_a_graph_break(tiny, images, num_experts):
+    torch.compiler.reset()
+    model = ewa.to_moe(tiny(depth=2), num_experts, init='independent')  # 51 tokens: divisible by 3 only
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    compiled.train()(images).square().sum().backward()
+    assert all(g.isfinite().all() for g in gradients(model).values())
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.eval()(images), model.eval()(images))
+
+
+class TestTopK:
+    @pytest.mark.parametrize('train', [True, False])
+    @pytest.mark.parametrize('top_k, renormalise, num_shared', [(1, True, 0), (2, True, 1), (2, False, 2), (4, True, 0)])
+    def test_forward_is_the_gated_sum(self, train, top_k, renormalise, num_shared):
+        layer = gated_layer(num_shared=num_shared, top_k=top_k, renormalise=renormalise).train(train)
+        x = torch.randn(2, 5, 8)
+        tokens = x.reshape(-1, 8)
+        logits = tokens @ layer.router.weight.T
+        shared = getattr(layer, 'shared', ())
+        assert len(shared) == num_shared
+        expected = reference.top_k_forward(tokens, layer.experts, logits, top_k, renormalise, shared)
+        torch.testing.assert_close(layer(x), expected.reshape(2, 5, 8))
+        chosen = reference.gates(logits, top_k)
+        assert layer.counts.tolist() == [sum(e in gate for gate in chosen) for e in range(4)]
+
+    def test_unused_experts_have_gradients(self):
+        layer = gated_layer(top_k=1).train()
+        layer(torch.randn(1, 8)).sum().backward()
+        assert all(p.grad is not None for p in layer.parameters())
+        assert layer(torch.zeros(0, 8)).shape == (0, 8)
+
+    def test_has_no_fuse(self):
+        assert not hasattr(gated_layer(), 'fuse')
+
+    def test_losses_are_of_the_last_training_pass_averaged_over_layers(self, moe, images):
+        model = moe(router='topk', num_experts=4)
+        logits = []
+        for _, layer in moe_layers(model):
+            layer.register_forward_pre_hook(
+                lambda layer, args: logits.append(args[0].reshape(-1, 32) @ layer.router.weight.T))
+        model.train()(images)
+        assert len(logits) == 2
+        losses = ewa.routing_losses(model)
+        balance = [reference.load_balancing_loss(x.detach(), 2) for x in logits]
+        assert losses['load_balance'].item() == pytest.approx(sum(balance) / 2, rel=1e-4)
+        z = [x.logsumexp(-1).square().mean().item() for x in logits]
+        assert losses['z'].item() == pytest.approx(sum(z) / 2, rel=1e-4)
+        (losses['load_balance'] + losses['z']).backward()
+        assert all(layer.router.weight.grad.any() for _, layer in moe_layers(model))
+        model.eval()(images)
+        assert ewa.routing_losses(model) == {} == ewa.routing_losses(nn.Linear(2, 2))
+
+    def test_random_partition_has_no_losses(self, moe, images):
+        model = moe().train()
+        model(images)
+        assert ewa.routing_losses(model) == {}
+
+    def test_copies_and_pickles_after_a_training_pass(self, moe, images):
+        model = moe(router='topk').train()
+        model(images)
+        for copy in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(copy.eval()(images), model.eval()(images))
+            model.train()(images)
+
+    @pytest.mark.parametrize('top_k', [0, 5])
+    def test_top_k_out_of_range_is_refused(self, top_k):
+        with pytest.raises(ValueError, match=f'between 1 and the number of experts 4, got {top_k}'):
+            gated_layer(top_k=top_k)
+
+    def test_routes_in_float32_under_autocast(self):
+        layer, x = gated_layer().eval(), torch.randn(50, 8)
+        expected = layer.route(x)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            for value, other in zip(layer.route(x), expected):
+                assert torch.equal(value, other)
+            assert layer(x).dtype == torch.bfloat16
+
+
+ROUTERS = [dict(router='random'), dict(router='topk'), dict(router='topk', num_shared=1, expert_ratio=.25)]
+
+
+@pytest.mark.parametrize('kwargs', ROUTERS)
+def test_trains_under_autocast(moe, images, kwargs):
+    model = moe(init='independent', **kwargs)
+    with torch.no_grad():
+        expected = model.eval()(images)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        out = model(images)
+        assert (out.float() - expected).abs().max() < .05 * expected.abs().max()
+        if kwargs['router'] == 'random':
+            assert torch.equal(out, ewa.to_dense(model)(images))
+        loss = model.train()(images).float().square().sum()
+    loss.backward()
+    assert all(g.isfinite().all() and g.dtype == torch.float32 for g in gradients(model).values())
+
+
+@pytest.mark.parametrize('kwargs', ROUTERS)
+def test_gradient_checkpointing_keeps_the_gradients(moe, images, kwargs):
+    results = []
+    for checkpointing in (False, True):
+        model = moe(init='independent', **kwargs).train()
+        model.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(3)
+        loss = model(images).square().sum()
+        loss = loss + sum(ewa.routing_losses(model).values())
+        loss.backward()
+        results.append(gradients(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize('kwargs', ROUTERS)
+@pytest.mark.parametrize('train', [True, False])
+def test_layers_are_leaves_of_fx_feature_extraction(moe, images, kwargs, train):
+    model = moe(init='independent', **kwargs).train(train)
+    nodes = dict(return_nodes=['blocks.1.mlp', 'head'])
+    extractor = create_feature_extractor(model, tracer_kwargs=dict(leaf_modules=list(get_notrace_modules())), **nodes)
+    assert isinstance(extractor.get_submodule('blocks.1.mlp'), (RandomPartitionMoE, TopKMoE))
+    torch.manual_seed(0)
+    expected = model(images)
+    torch.manual_seed(0)
+    out = extractor(images)
+    assert torch.equal(out['head'], expected) and out['blocks.1.mlp'].shape == (3, 17, 32)
+
+
+@pytest.mark.parametrize('kwargs', ROUTERS)
+def test_deepcopy_pickle_and_torch_save(moe, images, kwargs):
+    model = moe(init='independent', **kwargs).eval()
+    expected = model(images)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = [deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
+    for copy in copies:
+        assert torch.equal(copy(images), expected)
+        with torch.no_grad():
+            for p in copy.parameters():
+                p.zero_()
+    assert torch.equal(model(images), expected)
+
+
+def test_scripts_as_the_fused_model(moe, images):
+    model = moe(init='independent').eval()
+    expected = model(images)
+    scripted = torch.jit.script(deepcopy(model))
+    torch.testing.assert_close(scripted(images), expected)
+    assert list(moe_layers(model))
+
+
+def test_protocol_knows_foreign_layers():
+    class Foreign(nn.Module):
+        def __init__(self, experts):
+            super().__init__()
+            self.experts = experts
+
+    assert is_moe(Foreign(nn.ModuleList([nn.Linear(2, 2)])))
+    assert not is_moe(Foreign(nn.Linear(2, 2))) and not is_moe(nn.Linear(2, 2))
+    model = nn.Sequential(nn.Linear(2, 2), Foreign(nn.ModuleList([nn.Linear(2, 2)])))
+    assert [name for name, _ in moe_layers(model)] == ['1']

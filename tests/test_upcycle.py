@@ -1,0 +1,281 @@
+from copy import deepcopy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import ewa
+from ewa.ffn import build_ffn, find_ffns, read_ffn
+from ewa.moe import RandomPartitionMoE, TopKMoE, moe_layers
+from ewa.upcycle import is_untrained, select_ffns
+
+SWIN = dict(depth=None, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2))
+HOSTS = [
+    ('vit_tiny_patch16_224', {}, 'blocks.1.mlp'),
+    ('deit_tiny_distilled_patch16_224', {}, 'blocks.1.mlp'),
+    ('deit3_small_patch16_224', {}, 'blocks.1.mlp'),
+    ('vit_small_patch14_reg4_dinov2', {}, 'blocks.1.mlp'),
+    ('vit_giant_patch14_dinov2', {}, 'blocks.1.mlp'),  # SwiGLUPacked
+    ('vit_small_plus_patch16_dinov3', {}, 'blocks.1.mlp'),  # SwiGLU
+    ('eva02_tiny_patch14_224', {}, 'blocks.1.mlp'),  # GluMlp
+    ('eva02_base_patch14_224', {}, 'blocks.1.mlp'),  # SwiGLU with a norm over the hidden units
+    ('beit_base_patch16_224', {}, 'blocks.1.mlp'),
+    ('vit_base_patch16_rpn_224', {}, 'blocks.1.mlp'),  # norms after the branches
+    ('vit_relpos_small_patch16_224', dict(num_heads=4), 'blocks.1.mlp'),
+    ('vit_small_patch16_18x2_224', {}, 'blocks.1.ffns.0.mlp'),  # parallel branches
+    ('swin_tiny_patch4_window7_224', SWIN, 'layers.0.blocks.1.mlp'),
+]
+
+
+def pretrained_like(model):
+    """Move every norm away from its initial value, as training does."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * .02)
+    return model
+
+
+def dense_key(key):
+    parts = key.split('.')
+    return '.'.join(parts[:parts.index('experts')] + parts[parts.index('experts') + 2:]) if 'experts' in parts else key
+
+
+@pytest.mark.parametrize('name, kwargs, first', HOSTS, ids=[host[0] for host in HOSTS])
+class TestHosts:
+    def test_from_pretrained_weights_it_computes_what_the_dense_model_does(self, tiny, images, name, kwargs, first):
+        dense = pretrained_like(tiny(name, **kwargs)).eval()
+        model = ewa.to_moe(deepcopy(dense))
+        assert next(moe_layers(model))[0] == first
+        assert torch.equal(model(images), dense(images))
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, dense.state_dict()[dense_key(key)])
+        assert list(dict.fromkeys(dense_key(key) for key in model.state_dict())) == list(dense.state_dict())
+        assert len(find_ffns(dense)) == 2 * len(list(moe_layers(model)))
+
+    def test_from_scratch_experts_differ_and_the_rest_is_the_dense_model(self, tiny, name, kwargs, first):
+        dense, model = tiny(name, **kwargs), ewa.to_moe(tiny(name, **kwargs))
+        expected = dense.state_dict()
+        for key, value in model.state_dict().items():
+            if '.experts.' not in key or '.experts.0.' in key:
+                assert torch.equal(value, expected[dense_key(key)])
+        for layer_name, layer in moe_layers(model):
+            ffn = dense.get_submodule(layer_name)
+            for expert in layer.experts[1:]:
+                assert type(expert) is type(ffn)
+                for p_name, p in expert.named_parameters():
+                    other = ffn.get_parameter(p_name)
+                    assert p.shape == other.shape and p.requires_grad
+                    if p.ndim == 2:
+                        assert (p != other).float().mean() > .9
+
+    @pytest.mark.parametrize('router', ['random', 'topk'])
+    def test_trains_with_a_gradient_for_every_parameter(self, tiny, images, name, kwargs, first, router):
+        model = ewa.to_moe(tiny(name, **kwargs), router=router).train()
+        out = model(images)
+        assert out.shape == (3, 10) and out.isfinite().all()
+        out.square().sum().backward()
+        assert all(p.grad is not None for _, layer in moe_layers(model) for p in layer.parameters())
+
+
+def test_state_dict_keys_insert_the_expert(tiny):
+    keys = ewa.to_moe(tiny(), num_experts=2, layers=[1]).state_dict().keys()
+    dense = tiny().state_dict().keys()
+    assert keys - dense == {
+        f'blocks.1.mlp.experts.{i}.{layer}.{kind}'
+        for i in range(2) for layer in ('fc1', 'fc2') for kind in ('weight', 'bias')}
+    assert dense - keys == {f'blocks.1.mlp.{layer}.{kind}' for layer in ('fc1', 'fc2') for kind in ('weight', 'bias')}
+
+
+def test_converts_in_place_and_returns_the_model(tiny):
+    model = tiny()
+    ffn = model.blocks[1].mlp
+    assert ewa.to_moe(model) is model and model.blocks[1].mlp.experts[0] is ffn
+
+
+@pytest.mark.parametrize('layers, expected', [
+    ('every:2', [1, 3]), ('every:1', [0, 1, 2, 3]), ('every:3', [2]), ('every:4', [3]), ('last:1', [3]),
+    ('last:3', [1, 2, 3]), ('all', [0, 1, 2, 3]), ([0, 2], [0, 2]), ((3, 0), [0, 3]), (r'blocks\.[02]\.', [0, 2]),
+])
+def test_layers(tiny, layers, expected):
+    model = ewa.to_moe(tiny(), layers=layers)
+    assert [name for name, _ in moe_layers(model)] == [f'blocks.{i}.mlp' for i in expected]
+
+
+def test_parallel_branches_of_a_block_go_together(tiny):
+    model = tiny('vit_small_patch16_18x2_224')
+    assert select_ffns(model, [1]) == ['blocks.1.ffns.0.mlp', 'blocks.1.ffns.1.mlp']
+
+
+def test_blocks_are_counted_over_stages(tiny):
+    model = tiny('swin_tiny_patch4_window7_224', **SWIN)
+    assert select_ffns(model, 'every:2') == ['layers.0.blocks.1.mlp', 'layers.1.blocks.1.mlp']
+    assert select_ffns(model, [2]) == ['layers.1.blocks.0.mlp']
+
+
+def test_only_token_wise_ffns_are_found(tiny):
+    # the perceptron of a relative position bias is none
+    assert list(find_ffns(tiny('vit_relpos_small_patch16_224', num_heads=4))) == [f'blocks.{i}.mlp' for i in range(4)]
+    # its norm stands before the hidden units
+    assert not find_ffns(timm.create_model('tiny_vit_5m_224', num_classes=10))
+    # depth-wise convolutions mix tokens
+    assert not find_ffns(timm.create_model('pvt_v2_b0', num_classes=10))
+
+
+@pytest.mark.parametrize('name, kwargs', [(host[0], host[1]) for host in HOSTS if host[0] in (
+    'vit_tiny_patch16_224', 'vit_giant_patch14_dinov2', 'vit_small_plus_patch16_dinov3', 'eva02_base_patch14_224')])
+def test_ffns_are_read_and_rebuilt(tiny, name, kwargs):
+    ffn = pretrained_like(tiny(name, **kwargs)).blocks[0].mlp.eval()
+    x = torch.randn(7, 32)
+    rebuilt = build_ffn(tiny(name, seed=1, **kwargs).blocks[0].mlp.eval(), read_ffn(ffn))
+    assert torch.equal(rebuilt(x), ffn(x))
+
+
+class TestInit:
+    def test_copy_makes_equal_experts(self, tiny):
+        model, dense = ewa.to_moe(tiny(), init='copy'), tiny()
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, dense.state_dict()[dense_key(key)])
+
+    def test_independent_experts_are_further_draws_of_the_same_distribution(self, tiny):
+        layer = ewa.to_moe(pretrained_like(tiny()), init='independent').blocks[1].mlp
+        for name, first in layer.experts[0].named_parameters():
+            values = [expert.get_parameter(name) for expert in layer.experts]
+            for value in values[1:]:
+                assert torch.equal(value.flatten().sort().values, first.flatten().sort().values)
+            assert len({tuple(value.flatten().tolist()) for value in values}) == 4
+
+    @pytest.mark.parametrize('name', ['vit_giant_patch14_dinov2', 'vit_small_plus_patch16_dinov3'])
+    def test_gate_and_value_of_a_glu_keep_their_own_distributions(self, tiny, name):
+        model = tiny(name)
+        with torch.no_grad():
+            next(model.blocks[1].mlp.parameters())[:9] *= 50
+        dense = [group.flatten().sort().values for group in read_ffn(model.blocks[1].mlp).up]
+        for expert in ewa.to_moe(model, init='independent').blocks[1].mlp.experts:
+            for group, expected in zip(read_ffn(expert).up, dense):
+                assert torch.equal(group.flatten().sort().values, expected)
+
+    def test_auto_follows_the_weights(self, tiny):
+        def are_equal(model):
+            first, second = model.blocks[1].mlp.experts[:2]
+            return torch.equal(first.fc1.weight, second.fc1.weight)
+
+        assert is_untrained(tiny()) and not is_untrained(pretrained_like(tiny()))
+        assert not are_equal(ewa.to_moe(tiny()))
+        assert are_equal(ewa.to_moe(pretrained_like(tiny())))
+        assert are_equal(ewa.to_moe(tiny(), init='copy'))
+        assert not are_equal(ewa.to_moe(pretrained_like(tiny()), init='independent'))
+
+    def test_a_seed_fixes_the_experts(self, tiny):
+        first, second = (ewa.to_moe(tiny(), init='independent').state_dict() for _ in range(2))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+class TestFineGrained:
+    @pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'vit_giant_patch14_dinov2', 'vit_small_plus_patch16_dinov3'])
+    @pytest.mark.parametrize('num_experts, num_shared', [(4, 0), (3, 1), (2, 2)])
+    def test_slices_add_up_to_the_dense_ffn(self, tiny, name, num_experts, num_shared):
+        dense = pretrained_like(tiny(name, mlp_ratio=4)).eval()
+        layer = ewa.to_moe(
+            deepcopy(dense), num_experts, router='topk', expert_ratio=.25, num_shared=num_shared).blocks[1].mlp
+        experts = [*layer.experts, *getattr(layer, 'shared', ())]
+        x = torch.randn(7, 32)
+        torch.testing.assert_close(sum(expert(x) for expert in experts), dense.blocks[1].mlp(x), atol=1e-6, rtol=1e-5)
+        assert all(4 * e.fc2.in_features == dense.blocks[1].mlp.fc2.in_features for e in experts)
+
+    def test_slices_repeat_cyclically(self, tiny):
+        layer = ewa.to_moe(
+            pretrained_like(tiny()), 5, router='topk', expert_ratio=.5, num_shared=1, init='copy').blocks[1].mlp
+        experts = [*layer.experts, *layer.shared]
+        for i, expert in enumerate(experts):
+            for key, value in expert.state_dict().items():
+                assert torch.equal(value, experts[i % 2].state_dict()[key])
+        assert not torch.equal(experts[0].fc1.weight, experts[1].fc1.weight)
+
+    def test_ratio_one_with_shared_experts(self, tiny):
+        layer = ewa.to_moe(tiny(), 3, router='topk', num_shared=2, init='copy').blocks[1].mlp
+        assert len(layer.experts) == 3 and len(layer.shared) == 2
+        assert torch.equal(layer.shared[1].fc1.weight, layer.experts[0].fc1.weight)
+
+    def test_gating_arguments_arrive(self, tiny):
+        layer = ewa.to_moe(tiny(), 5, router='topk', top_k=3, renormalise=False).blocks[1].mlp
+        assert isinstance(layer, TopKMoE) and (layer.top_k, layer.renormalise) == (3, False)
+        assert layer.router.weight.shape == (5, 32)
+
+
+ERRORS = [
+    (dict(num_experts=1), 'num_experts must be .* at least 2, got 1'),
+    (dict(num_experts=0), 'num_experts'),
+    (dict(num_experts=2.5), 'num_experts'),
+    (dict(num_experts=True), 'num_experts'),
+    (dict(layers=[0, 4]), '4 is not a block index between 0 and 3'),
+    (dict(layers=[-1]), '-1 is not a block index'),
+    (dict(layers=[]), 'an empty list'),
+    (dict(layers=['blocks.1']), 'not a block index'),
+    (dict(layers=3), 'layers=3'),
+    (dict(layers='every:0'), 'K must be between 1 and the number of blocks 4'),
+    (dict(layers='every:5'), 'K must be'),
+    (dict(layers='last:x'), 'K must be'),
+    (dict(layers='nothing'), r'matches no FFN. There are: blocks.0.mlp, blocks.1.mlp, blocks.2.mlp, blocks.3.mlp'),
+    (dict(layers='('), 'regular expression'),
+    (dict(router='hash'), "router must be 'random' or 'topk', got 'hash'"),
+    (dict(init='zeros'), "init must be"),
+    (dict(router='topk', top_k=0), 'top_k must be between 1 and num_experts=4, got 0'),
+    (dict(router='topk', top_k=5), 'top_k'),
+    (dict(router='topk', num_shared=-1), 'num_shared'),
+    (dict(router='topk', expert_ratio=.3), 'expert_ratio must be 1/m'),
+    (dict(router='topk', expert_ratio=0), 'expert_ratio'),
+    (dict(router='topk', expert_ratio=2.), 'expert_ratio'),
+    (dict(router='topk', expert_ratio=1 / 3), 'does not divide the hidden width 128'),
+    (dict(num_shared=1), "router='random' has neither shared nor fine-grained"),
+    (dict(expert_ratio=.5), "router='random' has neither"),
+]
+
+
+@pytest.mark.parametrize('kwargs, message', ERRORS)
+def test_errors_are_clear_and_leave_the_model_untouched(tiny, kwargs, message):
+    model = tiny()
+    before, text, args = deepcopy(model.state_dict()), repr(model), (dict(model._model_args), dict(model.pretrained_cfg))
+    with pytest.raises(ValueError, match=message):
+        ewa.to_moe(model, **kwargs)
+    assert repr(model) == text and (model._model_args, model.pretrained_cfg) == args
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_converted_model_is_refused(tiny):
+    model = ewa.to_moe(tiny())
+    text = repr(model)
+    with pytest.raises(ValueError, match='already has MoE layers: blocks.1.mlp, blocks.3.mlp'):
+        ewa.to_moe(model, layers=[0])
+    assert repr(model) == text
+
+
+def test_a_model_without_ffns_is_refused(tiny):
+    with pytest.raises(ValueError, match='ResNet has no FFN to convert'):
+        ewa.to_moe(timm.create_model('test_resnet'))
+    with pytest.raises(ValueError, match='has no FFN'):  # one fused projection for attention and FFN
+        ewa.to_moe(tiny('vit_base_patch16_xp_224'))
+
+
+def test_a_norm_over_the_hidden_units_is_not_cut(tiny):
+    model = tiny('eva02_base_patch14_224', mlp_ratio=4)
+    with pytest.raises(ValueError, match='blocks.1.mlp has a norm over its hidden units'):
+        ewa.to_moe(model, router='topk', expert_ratio=.5)
+    assert not list(moe_layers(model))
+
+
+def test_any_module_with_ffns_will_do():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ffn = timm.layers.Mlp(8, 16)
+
+        def forward(self, x):
+            return x + self.ffn(x)
+
+    model = nn.Sequential(Block(), Block())
+    with pytest.raises(ValueError, match='no numbered blocks.*There are: 0.ffn, 1.ffn'):
+        ewa.to_moe(model)
+    ewa.to_moe(model, layers='^1')
+    assert isinstance(model[1].ffn, RandomPartitionMoE) and not list(moe_layers(model[0]))
