@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list
 from timm.data import Mixup
 from timm.data.model_config import resolve_input_data_config
 from timm.loss import create_classification_loss
-from timm.models import get_model_args
+from timm.models import get_model_args, get_model_input_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
@@ -36,7 +36,8 @@ from tqdm import tqdm
 import ewa
 from ewa import checkpoint as ckpt
 from ewa.data import SeededDataset, check_classes, class_names, eval_loader, open_dataset, seed_all, train_loader
-from ewa.diagnostics import distances_to_mean
+from ewa.diagnostics import diagnose, similarity_figure, usage_figure
+from ewa.distillation import TeacherView, benefit_kept, distillation_task, forward_flops, load_teacher
 from ewa.exporting import write_folder
 from ewa.moe import moe_layers
 from ewa.options import build_model, train_parser
@@ -76,7 +77,8 @@ def main(argv=None):
         step_scheduler_with_optimizer=False,
     )
     main_process = accelerator.is_main_process
-    experiment = Path(args.output) / (args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model.split("/")[-1]}')
+    name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model.split("/")[-1]}'
+    experiment = Path(args.output) / broadcast_object_list([name])[0]  # clocks of machines differ
 
     # everything a user can get wrong is found out here, before anything is written
     try:
@@ -93,7 +95,12 @@ def main(argv=None):
         names = class_names(train_set)
         seed_all(args.seed, 0)
         model = build_model(args)
+        in_chans = get_model_input_config(model)['input_size'][0]
+        if in_chans != (args.in_chans or 3):
+            raise ValueError(f'--model {args.model} takes images of {in_chans} channels: give --in-chans {in_chans}.')
         data_config = resolve_input_data_config(model, vars(args))
+        model.pretrained_cfg = dict(model.pretrained_cfg, mean=data_config['mean'], std=data_config['std'])
+        teacher = load_teacher(args.teacher, model.num_classes, data_config['input_size'][0]) if args.teacher else None
         iterable = isinstance(train_set, IterableDataset)
         if not iterable:
             train_set = SeededDataset(train_set, args.seed)
@@ -115,6 +122,10 @@ def main(argv=None):
 
         batches_per_epoch = len(train_batches) if iterable else len(train_batches) // accelerator.num_processes
         updates_per_epoch = math.ceil(batches_per_epoch / args.grad_accum_steps)
+        if iterable and batches_per_epoch % args.grad_accum_steps:  # only of others accelerate sees the end coming
+            raise ValueError(
+                f'An epoch of {batches_per_epoch} batches is no multiple of --grad-accum-steps {args.grad_accum_steps}: '
+                f'give another --train-num-samples.')
         scheduler, epochs = create_scheduler_v2(
             optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
 
@@ -142,11 +153,16 @@ def main(argv=None):
         criterion = create_classification_loss(
             'bce' if args.bce_loss else 'ce', smoothing=args.smoothing, soft_targets=mixup is not None, **bce)
 
+        plain_model = model  # holds the parameters whatever wraps it
+        if args.torchcompile:
+            model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+
         # what a checkpoint must have been made by
+        flags = {key: vars(args)[key] for key in ('opt', 'weight_decay', 'layer_decay', 'model_ema', 'torchcompile')}
         identity = json.loads(json.dumps(dict(
-            architecture=model.pretrained_cfg['architecture'], **get_model_args(model))))
+            architecture=plain_model.pretrained_cfg['architecture'], **get_model_args(plain_model))))
         start_epoch, update, best = 0, 0, None
-        state = {}
+        state = {'images': 0, 'seconds': 0.}
         if resume_from is not None:
             state = ckpt.read_state(resume_from)
             other = {k: v for k, v in state['model'].items() if identity.get(k) != v}
@@ -155,10 +171,15 @@ def main(argv=None):
                 raise ValueError(
                     f'{resume_from} is a checkpoint of another model: its {key} is {state["model"].get(key)}, here it '
                     f'is {identity.get(key)}.')
+            key = next((key for key in flags if flags[key] != state['flags'][key]), None)
+            if key is not None:
+                raise ValueError(
+                    f'{resume_from} was trained with --{key.replace("_", "-")} {state["flags"][key]}, here it is '
+                    f'{flags[key]}.')
             start_epoch, update, best = state['epoch'], state['update'], state['best']
-    except (ValueError, TypeError, RuntimeError, FileNotFoundError) as e:
+    except (ValueError, TypeError, RuntimeError, AssertionError, OSError) as e:
         if main_process:
-            parser.error(e)
+            parser.error(str(e) or repr(e))
         sys.exit(2)
 
     def say(message):
@@ -173,11 +194,15 @@ def main(argv=None):
             f'No checkpoint in {experiment}: starting fresh.')
 
     # from here on the run writes
+    accelerator.wait_for_everyone()
     if main_process:
-        experiment.mkdir(parents=True, exist_ok=True)
+        try:
+            experiment.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            parser.error(f'--output {args.output} can\'t be written: {e.strerror}.')
         resolved = {k: v for k, v in vars(args).items() if k not in ('config', 'resume')}
         (experiment / 'args.yaml').write_text(yaml.safe_dump(resolved))
-        trim_summary(str(experiment / 'summary.csv'), start_epoch)
+        trim_summary(str(experiment / 'summary.csv'), start_epoch + 1)
         board = SummaryWriter(str(experiment), purge_step=update + 1 if update else None)
         board.add_text('arguments', f'```\n{yaml.safe_dump(resolved)}\n```')
         device_name = torch.cuda.get_device_name() if accelerator.device.type == 'cuda' else accelerator.device.type
@@ -189,12 +214,19 @@ def main(argv=None):
             f'{args.num_classes} classes. {accelerator.num_processes} x {device_name}, {epochs} epochs of '
             f'{updates_per_epoch} updates, learning rate {args.lr:.3g}. Writing {experiment}')
 
-    plain_model = model  # holds the parameters whatever wraps it
-    if args.torchcompile:
-        model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
     model, optimizer = accelerator.prepare(model, optimizer)
     if not iterable:  # iterable readers of timm split themselves among processes
         train_batches, val_batches = accelerator.prepare(train_batches, val_batches)
+    task = None
+    flops_per_image = 3 * forward_flops(plain_model, data_config['input_size'])  # backward: about twice the forward
+    if teacher is not None:
+        flops_per_image += forward_flops(teacher, data_config['input_size'])
+        task = distillation_task(
+            model, teacher.to(accelerator.device), criterion, args.kd_temperature, args.distill_loss_weight,
+            args.task_loss_weight, accelerator.device)
+        if args.teacher_top1 is None:
+            args.teacher_top1 = evaluate(TeacherView(task), val_batches, accelerator)['top1']
+            say(f'Teacher {args.teacher}: top-1 {args.teacher_top1:.2f}.')
     ema = None
     if args.model_ema:
         ema = ModelEmaV3(plain_model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
@@ -214,6 +246,7 @@ def main(argv=None):
         total=epochs * updates_per_epoch, initial=update, disable=not interactive, unit='update', dynamic_ncols=True,
         bar_format='{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}]{postfix}')
     metrics = {}
+    sample = next(iter(val_batches))[0]  # what the usage of experts is shown on
     for epoch in range(start_epoch, epochs):
         model.train()
         if not iterable:
@@ -234,7 +267,7 @@ def main(argv=None):
                 images, target = mixup(images, target)
             with accelerator.accumulate(model):
                 with accelerator.autocast():
-                    loss = criterion(model(images), target)
+                    loss = task(images, target)['loss'] if task is not None else criterion(model(images), target)
                     routing = ewa.routing_losses(plain_model)
                     if routing:
                         loss = loss + args.balance_loss_weight * routing['load_balance'] + args.z_loss_weight * routing['z']
@@ -266,7 +299,7 @@ def main(argv=None):
                     rate = {'train/share_rate': averager.share_rate} if averager is not None else {}
                     aux = {f'train/{k}': v.item() for k, v in routing.items()}
                     scalars = {
-                        'train/loss': mean_loss, 'train/lr': optimizer.param_groups[0]['lr'],
+                        'train/loss': mean_loss, 'train/lr': max(group['lr'] for group in optimizer.param_groups),
                         'train/images_per_second': speed, 'train/epoch': epoch + 1, **rate, **aux}
                     for key, scalar in scalars.items():
                         board.add_scalar(key, scalar, update)
@@ -275,51 +308,67 @@ def main(argv=None):
                         say(f'epoch {epoch + 1}/{epochs} update {update} loss {mean_loss:.4f} {speed:.0f} images/s')
         if not args.sched_on_updates:
             scheduler.step(epoch + 1)
+        spent = dict(images=state['images'] + images_seen, seconds=state['seconds'] + time.time() - started)
+        spent['pflops'] = spent['images'] * flops_per_image / 1e15
+        state.update(spent)
 
         # validation on the eval form: for random partition exactly what will be exported
-        last = epoch + 1 == epochs
-        if (epoch + 1) % args.val_interval == 0 or last:
+        validated = (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs
+        if validated:
             metrics = evaluate(model, val_batches, accelerator)
             if ema is not None:
                 metrics.update({f'ema_{k}': v for k, v in evaluate(ema.module, val_batches, accelerator).items()})
         value = metrics.get(args.eval_metric)
-        if ema is not None and metrics:
+        if ema is not None and validated:
             value = (min if args.eval_metric == 'loss' else max)(value, metrics[f'ema_{args.eval_metric}'])
-        improved = bool(metrics) and (best is None or (
+        improved = validated and (best is None or (
             value < best['value'] if args.eval_metric == 'loss' else value > best['value']))
         if improved:
             best = dict(value=value, epoch=epoch + 1, **metrics)
 
         ema_state = ema.module.state_dict() if ema is not None else None
-        provenance = dict(updates=update, epochs=epoch + 1, seed=args.seed, **metrics)
+        provenance = dict(updates=update, epochs=epoch + 1, seed=args.seed, **(metrics if validated else {}))
         if averager is not None:
             provenance.update(share_rate=args.share_rate, share_schedule=args.share_schedule)
         if main_process:
-            distances = distances_to_mean(plain_model)
-            for key, scalar in [*((f'eval/{k}', v) for k, v in metrics.items()),
-                                *((f'distance_to_mean/{k}', v) for k, v in distances.items())]:
+            records = diagnose(plain_model, [sample], align=False)
+            for key, scalar in [*((f'eval/{k}', v) for k, v in metrics.items() if validated),
+                                *((f'spent/{k}', v) for k, v in spent.items()),
+                                *((f'experts_{k}/{record["layer"]}', record[k]) for record in records
+                                  for k in ('distance', 'cosine', 'entropy', 'change') if k in record)]:
                 board.add_scalar(key, scalar, update)
+            if records:
+                board.add_figure('experts/similarity', similarity_figure(records), update)
+            if usage_figure(records) is not None:
+                board.add_figure('experts/usage', usage_figure(records), update)
             board.flush()
-            update_summary(
-                epoch + 1, dict(loss=mean_loss), metrics or None, str(experiment / 'summary.csv'),
-                lr=optimizer.param_groups[0]['lr'])
+            if validated:
+                update_summary(
+                    epoch + 1, dict(loss=mean_loss, **spent), metrics, str(experiment / 'summary.csv'),
+                    lr=max(group['lr'] for group in optimizer.param_groups))
             for folder in ['last'] + ['best'] * improved:
                 write_folder(
                     plain_model, experiment / folder, names, data_config, provenance, ema_state, overwrite=True,
                     verify=False)
-            spread = f', experts {sum(distances.values()) / len(distances):.2g} from their mean' if distances else ''
+            spread = f', experts {sum(r["distance"] for r in records) / len(records):.2g} from their mean' if records else ''
             ema_top1 = f', EMA {metrics["ema_top1"]:.2f}' if 'ema_top1' in metrics else ''
             say(f'epoch {epoch + 1}/{epochs}: loss {mean_loss:.4f}, validation loss {metrics.get("loss", math.nan):.4f}, '
                 f'top-1 {metrics.get("top1", math.nan):.2f}{ema_top1}, {speed:.0f} images/s{spread}')
         ckpt.save_checkpoint(
             accelerator, experiment, update,
-            dict(epoch=epoch + 1, batch=0, best=best, model=identity, class_names=names, data_config=data_config,
-                 provenance=provenance, averager=averager.state_dict() if averager is not None else None),
+            dict(epoch=epoch + 1, batch=0, best=best, model=identity, flags=flags, class_names=names, data_config=data_config,
+                 provenance=provenance, **spent, averager=averager.state_dict() if averager is not None else None),
             ema_state, args.checkpoint_hist)
 
     bar.close()
     if main_process:
         board.close()
+        if task is not None:
+            kept = '' if args.dense_top1 is None else (
+                f', {100 * benefit_kept(metrics["top1"], args.dense_top1, args.teacher_top1):.1f} % of the benefit of the '
+                f'teacher ({args.teacher_top1:.2f}) over a dense model ({args.dense_top1:.2f}) kept')
+            say(f'Distilled with {state["images"]} images, {state["pflops"]:.3g} PFLOP, {state["seconds"]:.0f} s: '
+                f'top-1 {metrics["top1"]:.2f}{kept}.')
         say(f'Best {args.eval_metric}: {best["value"]:.2f} in epoch {best["epoch"]}.')
         say(f'Export the plain ViT with:  python convert.py {experiment / "best"} --output {experiment / "vit"}'
             if averager is not None else f'The model is in {experiment / "best"}.')

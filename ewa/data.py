@@ -6,14 +6,16 @@ and class folders that differ between training and validation (labels then mean 
 import argparse
 import os
 import random
+from itertools import islice
 from typing import Any, Dict, List, Optional
 
 import numpy as np
 import torch
 from timm.data import create_dataset, create_loader
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms import Compose
 
+_KINDS = ('', 'torch', 'hfds', 'hfids', 'wds', 'tfds')
 _SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
 
 
@@ -39,6 +41,8 @@ def open_dataset(args: argparse.Namespace, split: str, is_training: bool, in_cha
     if not args.dataset:
         _check_folder(args.data_dir, split)
     kind = args.dataset.split('/')[0].lower()
+    if kind not in _KINDS:
+        raise ValueError(f'--dataset {args.dataset} is not one of {", ".join(f"{k}/NAME" for k in _KINDS if k)}.')
     options: Dict[str, Any] = {}
     if kind != 'torch':
         options.update(input_img_mode=args.input_img_mode or ('L' if in_chans == 1 else 'RGB'))
@@ -210,3 +214,15 @@ def eval_loader(dataset: Dataset, args: argparse.Namespace, data_config: Dict[st
         use_prefetcher=False,
         persistent_workers=args.workers > 0,
     )
+
+
+def calibration_batches(dataset: Dataset, args: argparse.Namespace, data_config: Dict[str, Any]) -> List[torch.Tensor]:
+    """`--calibration-images` images, spread evenly over a data set and prepared as for validation, in batches."""
+    if isinstance(dataset, IterableDataset):
+        loader = eval_loader(dataset, args, data_config)
+        count = -(-args.calibration_images // args.batch_size)
+        return [images for images, _ in islice(loader, count)]
+    loader = eval_loader(dataset, args, data_config)  # sets the transform of the data set
+    count = min(args.calibration_images, len(dataset))
+    picked = Subset(loader.dataset, [i * len(dataset) // count for i in range(count)])
+    return [images for images, _ in DataLoader(picked, batch_size=args.batch_size, num_workers=args.workers)]

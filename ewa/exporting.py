@@ -88,6 +88,9 @@ def write_folder(
         raise ValueError(f'{len(class_names)} class names were given for a model of {model.num_classes} classes.')
     if directory.exists() and not overwrite:
         raise FileExistsError(f'{directory} exists; give another folder or ask to overwrite it.')
+    if directory.exists() and not (directory / 'config.json').is_file() and (
+            not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f'{directory} is not a model folder, so it is not replaced.')
 
     model = copy.copy(model)  # shallow: only the description below is replaced
     model.pretrained_cfg = dict({k: v for k, v in cfg.items() if k not in WEIGHT_CFG}, tag='', license='')
@@ -212,7 +215,8 @@ def load(directory: PathLike, ema: bool = False, **kwargs) -> nn.Module:
     directory = Path(directory)
     for name in ('config.json', 'ema.safetensors' if ema else 'model.safetensors'):
         if not (directory / name).is_file():
-            raise FileNotFoundError(f'{directory} is not a model folder: it has no {name}.')
+            kind = 'has no EMA weights' if name == 'ema.safetensors' else 'is not a model folder'
+            raise FileNotFoundError(f'{directory} {kind}: it has no {name}.')
     if ema:
         weights = safetensors.torch.load_file(directory / 'ema.safetensors')
         kwargs['pretrained_cfg_overlay'] = dict(source='', file='', state_dict=weights)

@@ -7,11 +7,15 @@ from typing import Any, Dict, List, NoReturn, Optional, Sequence
 
 import timm
 import yaml
+from timm.models._hub import load_model_config_from_path
 from timm.utils import ParseKwargs
 from torch import nn
 
 from .averaging import SCHEDULES
+from .dense import METHODS
 from .vision_transformer import HOSTS
+
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         return finder.parse_known_args(args)[0].config
 
     def _nearest(self, name: str) -> str:
-        flags = [flag.lstrip('-') for flag in self._option_string_actions]
+        flags = [flag[2:] for flag in self._option_string_actions if flag.startswith('--')]
         close = difflib.get_close_matches(name.split('=')[0].replace('_', '-'), flags, n=1, cutoff=0.)
         return f'; the nearest flag is --{close[0]}' if close else ''
 
@@ -70,7 +74,21 @@ class Parser(argparse.ArgumentParser):
                 flags += [flag, *map(str, value)]
             else:
                 flags += [f'{flag}={value}']
-        return flags
+        return [*flags, f'--config={path}']  # a last flag of one value, so that lists do not take a positional argument
+
+
+class _KeyValues(ParseKwargs):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        wrong = next((value for value in values if value and '=' not in value), None)
+        if wrong is not None:
+            raise argparse.ArgumentError(self, f'{wrong} is not KEY=VALUE')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text} is not a whole number of at least 1')
+    return int(text)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
@@ -88,13 +106,14 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--input-img-mode', metavar='MODE', help='PIL mode of images; default by --in-chans: RGB or L')
     group.add_argument('--input-key', help='key of images in hfds/, wds/ data sets')
     group.add_argument('--target-key', help='key of labels in hfds/, wds/ data sets')
-    group.add_argument('--img-size', type=int, metavar='N', help='image size; default: the model\'s')
-    group.add_argument('--in-chans', type=int, metavar='N', help='input channels; default: 3')
+    group.add_argument('--img-size', type=_count, metavar='N', help='image size; default: the model\'s')
+    group.add_argument('--in-chans', type=_count, metavar='N', help='input channels; default: 3')
     group.add_argument('--crop-pct', type=float, metavar='N', help='centre crop of validation images')
     group.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='pixel mean; default: the model\'s')
     group.add_argument('--std', type=float, nargs='+', metavar='STD', help='pixel standard deviation; default: the model\'s')
-    group.add_argument('--interpolation', default='', metavar='NAME', help='resize interpolation; default: the model\'s')
-    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images a process and micro-batch')
+    group.add_argument('--interpolation', default='', choices=('', *INTERPOLATIONS), metavar='NAME',
+                       help='resize interpolation; default: the model\'s')
+    group.add_argument('-b', '--batch-size', type=_count, default=128, metavar='N', help='images a process and micro-batch')
     group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='data loading processes')
 
 
@@ -110,9 +129,9 @@ def train_parser() -> Parser:
                        help='start from this file or folder as if it were pretrained: the classifier is replaced')
     group.add_argument('--initial-checkpoint', default='', metavar='PATH',
                        help='start from all weights of this file or folder; dense ones are copied into the experts')
-    group.add_argument('--num-classes', type=int, metavar='N', help='default: found from the data')
+    group.add_argument('--num-classes', type=_count, metavar='N', help='default: found from the data')
     group.add_argument('--gp', metavar='POOL', help='global pool; default: the model\'s')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=_KeyValues, metavar='KEY=VALUE',
                        help='further arguments of the model')
     group.add_argument('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass')
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
@@ -133,7 +152,7 @@ def train_parser() -> Parser:
     group.add_argument('--share-schedule', choices=SCHEDULES, default='constant', help='course of the share rate')
     group.add_argument('--share-warmup-epochs', type=float, metavar='N',
                        help='epochs until a linear or cosine share rate is full; default: all')
-    group.add_argument('--share-every', type=int, default=1, metavar='N', help='pull at every n-th update')
+    group.add_argument('--share-every', type=_count, default=1, metavar='N', help='pull at every n-th update')
     group.add_argument('--share-stop-epoch', type=float, metavar='N', help='stop pulling after this many epochs')
     group.add_argument('--balance-loss-weight', type=float, default=0.01, metavar='W', help='gated: load-balancing loss')
     group.add_argument('--z-loss-weight', type=float, default=0.001, metavar='W', help='gated: router z-loss')
@@ -158,8 +177,8 @@ def train_parser() -> Parser:
     group.add_argument('--clip-mode', choices=('norm', 'value'), default='norm', help='clip the global norm or each value')
     group.add_argument('--layer-decay', type=float, metavar='D', help='layer-wise learning rate decay')
     group.add_argument('--layer-decay-min-scale', type=float, default=0., metavar='S', help='its lowest scale')
-    group.add_argument('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE')
-    group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='micro-batches an update')
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=_KeyValues, metavar='KEY=VALUE')
+    group.add_argument('--grad-accum-steps', type=_count, default=1, metavar='N', help='micro-batches an update')
 
     group = parser.add_argument_group('Learning rate')
     group.add_argument('--sched', default='cosine', metavar='NAME',
@@ -170,7 +189,7 @@ def train_parser() -> Parser:
     group.add_argument('--lr-base-size', type=int, default=512, metavar='N', help='images an update')
     group.add_argument('--lr-base-scale', choices=('', 'linear', 'sqrt'), default='',
                        help='scaling with the batch; empty: sqrt for adaptive optimizers, else linear')
-    group.add_argument('--epochs', type=int, default=300, metavar='N', help='epochs to train')
+    group.add_argument('--epochs', type=_count, default=300, metavar='N', help='epochs to train')
     group.add_argument('--warmup-epochs', type=int, default=5, metavar='N')
     group.add_argument('--warmup-lr', type=float, default=1e-6, metavar='LR')
     group.add_argument('--warmup-prefix', action='store_true', help='count warm-up epochs apart from --epochs')
@@ -182,7 +201,7 @@ def train_parser() -> Parser:
 
     group = parser.add_argument_group('Augmentation and regularisation')
     group.add_argument('--no-aug', action='store_true', help='no training augmentation at all')
-    group.add_argument('--train-crop-mode', metavar='MODE', help='rrc, rkrc or rkrr; default: rrc')
+    group.add_argument('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'), help='default: rrc')
     group.add_argument('--scale', type=float, nargs=2, default=[0.08, 1.0], metavar='PCT', help='area of random crops')
     group.add_argument('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], metavar='R', help='aspect of random crops')
     group.add_argument('--hflip', type=float, default=0.5, metavar='P')
@@ -193,9 +212,9 @@ def train_parser() -> Parser:
     group.add_argument('--gaussian-blur-prob', type=float, default=0., metavar='P')
     group.add_argument('--aa', metavar='NAME', help='RandAugment or AutoAugment, e.g. rand-m9-mstd0.5-inc1')
     group.add_argument('--reprob', type=float, default=0., metavar='P', help='random erasing')
-    group.add_argument('--remode', default='pixel', metavar='MODE')
+    group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'))
     group.add_argument('--recount', type=int, default=1, metavar='N')
-    group.add_argument('--train-interpolation', default='random', metavar='NAME')
+    group.add_argument('--train-interpolation', default='random', choices=('random', *INTERPOLATIONS))
     group.add_argument('--mixup', type=float, default=0., metavar='ALPHA')
     group.add_argument('--cutmix', type=float, default=0., metavar='ALPHA')
     group.add_argument('--cutmix-minmax', type=float, nargs=2, metavar='R')
@@ -219,11 +238,11 @@ def train_parser() -> Parser:
     group.add_argument('--seed', type=int, default=42, metavar='N')
     group.add_argument('--amp', action='store_true', help='mixed precision (or by accelerate launch)')
     group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16')
-    group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N', help='default: --batch-size')
+    group.add_argument('-vb', '--validation-batch-size', type=_count, metavar='N', help='default: --batch-size')
     group.add_argument('--pin-mem', action='store_true', help='pin host memory of batches')
-    group.add_argument('--log-interval', type=int, default=50, metavar='N', help='updates between log entries')
-    group.add_argument('--val-interval', type=int, default=1, metavar='N', help='epochs between validations')
-    group.add_argument('--checkpoint-hist', type=int, default=2, metavar='N', help='checkpoints to keep')
+    group.add_argument('--log-interval', type=_count, default=50, metavar='N', help='updates between log entries')
+    group.add_argument('--val-interval', type=_count, default=1, metavar='N', help='epochs between validations')
+    group.add_argument('--checkpoint-hist', type=_count, default=2, metavar='N', help='checkpoints to keep')
     group.add_argument('--eval-metric', choices=('top1', 'top5', 'loss'), default='top1', help='what best/ is chosen by')
     group.add_argument('--output', default='output', metavar='DIR', help='parent of all experiments')
     group.add_argument('--experiment', default='', metavar='NAME', help='folder of this run; default: time and model')
@@ -237,12 +256,19 @@ def convert_parser() -> Parser:
     parser.add_argument('source', metavar='SRC', help='model folder, checkpoint folder, or .safetensors / .pth file')
     parser.add_argument('--output', required=True, metavar='DIR', help='folder to make')
     parser.add_argument('--overwrite', action='store_true', help='replace DIR if it exists')
-    parser.add_argument('--method', default='average', metavar='NAME', help='how experts become one FFN')
+    parser.add_argument('--method', default='average', choices=(*METHODS, 'all'), metavar='NAME',
+                        help=f'how experts become one FFN: {", ".join(METHODS)}; all compares them and writes the best')
+    parser.add_argument('--k', type=int, metavar='N', help='routed experts kept; default: as many as the vanilla width holds')
+    parser.add_argument('--rescale', action='store_true', help='sum, top_kg, svd_kg: give matrices the norm of an expert\'s')
+    parser.add_argument('--score', choices=('usage', 'norm'), help='prune: by tokens, or gate times output norm')
+    parser.add_argument('--calibration-images', type=_count, default=1024, metavar='N',
+                        help='training images for methods and reports that need data')
+    parser.add_argument('--report', metavar='DIR', help='also write a page on what the experts do')
     parser.add_argument('--use-ema', action='store_true', help='convert the EMA weights')
     parser.add_argument('--onnx', action='store_true', help='also write DIR/model.onnx and compare it with onnxruntime')
     group = parser.add_argument_group('Bare files')
     group.add_argument('--model', metavar='NAME', help='architecture of the weights, e.g. vit_small_ewa')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=_KeyValues, metavar='KEY=VALUE',
                        help='its arguments, e.g. num_classes=100 num_experts=8')
     add_data_options(parser)
     return parser
@@ -303,13 +329,17 @@ def build_model(args: argparse.Namespace) -> nn.Module:
             raise ValueError(f'{given} does not exist.')
         # the classifier is part of an initial checkpoint; of pretrained weights it is replaced, as by timm
         overlay: Dict[str, Any] = dict(num_classes=args.num_classes if args.initial_checkpoint else -1)
-        overlay.update(dict(source='local-dir', file=str(path)) if path.is_dir() else dict(file=str(path)))
+        if path.is_dir():
+            source_cfg = load_model_config_from_path(path)[0]
+            overlay.update(source='local-dir', file=str(path), input_size=source_cfg['input_size'])
+        else:
+            overlay.update(file=str(path))
         kwargs['pretrained_cfg_overlay'] = overlay
     try:
         return timm.create_model(name, pretrained=bool(args.pretrained or given or source), **kwargs)
     except TypeError as e:
         raise ValueError(f'{name} can\'t be made with {kwargs}: {e}') from e
     except RuntimeError as e:
-        if given and 'state_dict' in str(e):
-            raise ValueError(f'{given} holds weights of another model than {name}: {str(e)[:300]}') from e
+        if given:
+            raise ValueError(f'{given} can\'t be loaded into {name}: {str(e)[:300]}') from e
         raise

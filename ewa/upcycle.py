@@ -47,13 +47,15 @@ def select_ffns(model: nn.Module, layers: Union[str, Sequence[int]]) -> List[str
     """
     names = list(find_ffns(model))
     if not names:
-        raise ValueError(f'{type(model).__name__} has no FFN to convert (linear layers fc1 and fc2 and no other parameters).')
+        raise ValueError(
+            f'{type(model).__name__} has no FFN to convert (linear layers fc1 and fc2 and no other parameters).')
     blocks = list(dict.fromkeys(block_of(name) for name in names if block_of(name)))
     if isinstance(layers, str) and not re.fullmatch(r'all|(every|last):.*', layers):
         try:
             chosen = [name for name in names if re.search(layers, name)]
         except re.error as e:
-            raise ValueError(f'layers={layers!r} is neither every:K, last:K, all nor a regular expression ({e}).') from e
+            raise ValueError(
+                f'layers={layers!r} is neither every:K, last:K, all nor a regular expression ({e}).') from e
         if not chosen:
             raise ValueError(f'layers={layers!r} matches no FFN. There are: {", ".join(names)}.')
         return chosen

@@ -6,17 +6,19 @@
                                                         set holds font families that training never saw
     python -m experiments.data check --data-dir DIR --model linear|vit     how hard a set is
 
-Where the files come from (Debian 12; both lines work in any empty folder, the folder is then passed as --source):
+Where the files come from (Debian 12), to be passed as --source fashion or --source fonts:
 
-    apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb .
-    apt-get download $(python -m experiments.data packages) && for f in fonts-*.deb; do dpkg -x $f .; done
+    mkdir fashion fonts && python -m experiments.data packages > fonts/packages.txt
+    (cd fashion && apt-get download dataset-fashion-mnist && dpkg -x dataset-fashion-mnist_*.deb .)
+    (cd fonts && apt-get download $(cat packages.txt) && for f in *.deb; do dpkg -x $f .; done)
 
-or, as root, `apt-get install --no-install-recommends` with the same names and no --source.
+or, as root, `apt-get install --no-install-recommends` with the same names and no --source; fonts that the machine has
+besides, and those that Debian keeps outside /usr/share/fonts, then make it a slightly different set.
 
 Every set has the same layout: DIR/{train,val,test}.tar, each with PNG images CLASS/NAME.png as timm reads them
 (`--data-dir DIR --train-split train.tar --val-split val.tar`), and DIR/info.json with counts, seed, font families and
-versions. val is drawn from the training part and serves all choices; test is for the end of a study. The same seed and
-the same versions give the same bytes.
+versions. val is drawn from the training part and serves all choices; test is for the end of a study. The same seed,
+files and versions give the same bytes. glyphs: 235 MB of packages, 1.2 GB unpacked, two minutes, 260 MB written.
 
 Arrays: `F` font families, `C` classes, `P` probe characters, `S` side of an image in pixels.
 """
@@ -392,7 +394,7 @@ def make_glyphs(args) -> dict:
         raise FileNotFoundError(
             f'only {len(faces)} usable font families under {source}, none of {len(CLASSES)} characters in '
             f'{args.min_families} of them; run `apt-get download $(python -m experiments.data packages) && for f in '
-            'fonts-*.deb; do dpkg -x $f .; done` in a folder and pass it as --source, or lower --min-families')
+            'fonts-*.deb; do dpkg -x $f fonts; done` and pass --source fonts, or lower --min-families')
     splits = {
         split: glyph_images(
             faces, members[split], classes, number, round(args.images_per_class * FRACTIONS[split]), args)

@@ -2,6 +2,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from torch import nn
 
 import ewa
 import reference
@@ -67,6 +68,13 @@ def test_dense_models_can_be_converted_again(tiny, images):
     vit = ewa.to_dense(ewa.to_moe(tiny(), init='independent')).eval()
     model = ewa.to_moe(deepcopy(vit), init='copy')
     assert torch.equal(model(images), vit(images))
+
+
+def test_wrappers_are_taken_off(tiny, images):
+    model = ewa.to_moe(tiny(), init='independent').eval()
+    for wrapped in (torch.compile(model), nn.DataParallel(model)):
+        vit = ewa.to_dense(wrapped)
+        assert type(vit) is type(model) and torch.equal(vit(images), model(images))
 
 
 def test_half_precision(tiny, images):

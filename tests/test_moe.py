@@ -172,7 +172,8 @@ def test_model_compiles_without_a_graph_break(tiny, images, num_experts):
 
 class TestTopK:
     @pytest.mark.parametrize('train', [True, False])
-    @pytest.mark.parametrize('top_k, renormalise, num_shared', [(1, True, 0), (2, True, 1), (2, False, 2), (4, True, 0)])
+    @pytest.mark.parametrize('top_k, renormalise, num_shared', [
+        (1, True, 0), (2, True, 1), (2, False, 2), (4, True, 0)])
     def test_forward_is_the_gated_sum(self, train, top_k, renormalise, num_shared):
         layer = gated_layer(num_shared=num_shared, top_k=top_k, renormalise=renormalise).train(train)
         x = torch.randn(2, 5, 8)

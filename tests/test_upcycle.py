@@ -173,7 +173,8 @@ class TestInit:
 
 
 class TestFineGrained:
-    @pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'vit_giant_patch14_dinov2', 'vit_small_plus_patch16_dinov3'])
+    @pytest.mark.parametrize('name', [
+        'vit_tiny_patch16_224', 'vit_giant_patch14_dinov2', 'vit_small_plus_patch16_dinov3'])
     @pytest.mark.parametrize('num_experts, num_shared', [(4, 0), (3, 1), (2, 2)])
     def test_slices_add_up_to_the_dense_ffn(self, tiny, name, num_experts, num_shared):
         dense = pretrained_like(tiny(name, mlp_ratio=4)).eval()
@@ -192,6 +193,16 @@ class TestFineGrained:
             for key, value in expert.state_dict().items():
                 assert torch.equal(value, experts[i % 2].state_dict()[key])
         assert not torch.equal(experts[0].fc1.weight, experts[1].fc1.weight)
+
+    def test_independent_slices_are_shuffled_but_the_first(self, tiny):
+        copies, others = (
+            ewa.to_moe(tiny(), 4, router='topk', expert_ratio=.5, init=init).blocks[1].mlp.experts
+            for init in ('copy', 'independent'))
+        for i in range(4):
+            for key, value in copies[i].state_dict().items():
+                other = others[i].state_dict()[key]
+                assert torch.equal(value.flatten().sort().values, other.flatten().sort().values)
+                assert torch.equal(value, other) == (i == 0 or not value.any())
 
     def test_ratio_one_with_shared_experts(self, tiny):
         layer = ewa.to_moe(tiny(), 3, router='topk', num_shared=2, init='copy').blocks[1].mlp
@@ -236,7 +247,8 @@ ERRORS = [
 @pytest.mark.parametrize('kwargs, message', ERRORS)
 def test_errors_are_clear_and_leave_the_model_untouched(tiny, kwargs, message):
     model = tiny()
-    before, text, args = deepcopy(model.state_dict()), repr(model), (dict(model._model_args), dict(model.pretrained_cfg))
+    before, text = deepcopy(model.state_dict()), repr(model)
+    args = dict(model._model_args), dict(model.pretrained_cfg)
     with pytest.raises(ValueError, match=message):
         ewa.to_moe(model, **kwargs)
     assert repr(model) == text and (model._model_args, model.pretrained_cfg) == args

@@ -160,19 +160,20 @@ class TestPretrained:
         with pytest.raises(ValueError, match=message):
             timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, **kwargs)
 
-    @pytest.mark.parametrize('kwargs', [dict(num_shared=0), dict(num_shared=2), dict(expert_ratio=.5), dict(router='random')])
+    @pytest.mark.parametrize('kwargs', [
+        dict(num_shared=0), dict(num_shared=2), dict(expert_ratio=.5),
+        dict(router='random', num_shared=0, expert_ratio=1.)])
     def test_gated_weights_of_another_form_are_refused(self, tiny, tmp_path, kwargs):
         source = tiny('vit_tiny_moe', num_experts=4, num_shared=1, expert_ratio=.25)
         write_folder(source, tmp_path / 'out')
-        if kwargs == dict(router='random'):
-            kwargs = dict(router='random', num_shared=0, expert_ratio=1.)
         with pytest.raises(ValueError, match='do not fit the MoE layer blocks.1.mlp'):
             timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, **kwargs)
 
     def test_loading_does_not_change_the_given_weights(self, tiny):
         source = tiny('vit_tiny_ewa').state_dict()
         before = deepcopy(source)
-        tiny('vit_tiny_ewa', num_classes=3, pretrained=True, pretrained_cfg_overlay=dict(state_dict=source, num_classes=10))
+        overlay = dict(state_dict=source, num_classes=10)
+        tiny('vit_tiny_ewa', num_classes=3, pretrained=True, pretrained_cfg_overlay=overlay)
         assert source.keys() == before.keys() and all(torch.equal(source[key], before[key]) for key in before)
 
     def test_a_tagged_host_exports_under_its_plain_name(self, tiny, images, vanilla_file, tmp_path):
@@ -238,7 +239,7 @@ class TestTimmFeatures:
         assert len({scale for scale, _ in expected.values()}) >= 5
         for key, value in got.items():
             if '.router.' in key:
-                assert value[0] == expected['blocks.1.mlp.fc1.weight' if 'blocks.1' in key else 'blocks.3.mlp.fc1.weight'][0]
+                assert value[0] == expected[key.replace('router', 'fc1')][0]
             else:
                 assert value == expected[dense_key(key)]
         assert got['blocks.1.mlp.experts.3.fc1.weight'][0] < got['blocks.3.mlp.experts.0.fc1.bias'][0]
@@ -258,7 +259,8 @@ class TestTimmFeatures:
 def test_folders_with_shared_and_fine_grained_experts_adapt(tiny, tmp_path):
     source = trained(tiny('vit_tiny_moe', num_experts=6, top_k=3, num_shared=1, expert_ratio=.25))
     write_folder(source, tmp_path / 'out')
-    for kwargs in (dict(num_classes=4), dict(img_size=48), dict(in_chans=1), dict(num_classes=2, img_size=64, in_chans=4)):
+    changes = dict(num_classes=4), dict(img_size=48), dict(in_chans=1), dict(num_classes=2, img_size=64, in_chans=4)
+    for kwargs in changes:
         model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, **kwargs)
         size, channels = kwargs.get('img_size', 32), kwargs.get('in_chans', 3)
         assert model(torch.randn(2, channels, size, size)).shape == (2, kwargs.get('num_classes', 10))

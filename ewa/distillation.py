@@ -1,0 +1,99 @@
+"""The second phase of OneS: refine a gathered dense model with the MoE as its teacher (arXiv 2201.10890)."""
+from typing import Optional
+
+import timm
+import torch
+from timm.task import LogitDistillationTask
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def load_teacher(name: str, num_classes: int, in_chans: int) -> nn.Module:
+    """A teacher in `eval()` without gradients.
+
+    Args:
+        name: `local-dir:DIR` of a folder by `train.py` or `ewa.export`, or a timm name with pretrained weights.
+        num_classes: Classes of the student.
+        in_chans: Input channels of the student.
+
+    Raises:
+        ValueError: There is no such model, or it has other classes or channels than the student.
+    """
+    try:
+        teacher = timm.create_model(name, pretrained=True)
+    except (RuntimeError, ValueError, FileNotFoundError, AssertionError) as e:
+        raise ValueError(f'--teacher {name} can\'t be loaded: {e}. Give local-dir:DIR or a pretrained timm name.') from e
+    if teacher.num_classes != num_classes:
+        raise ValueError(f'--teacher {name} has {teacher.num_classes} classes, the student {num_classes}.')
+    if getattr(teacher, 'in_chans', in_chans) != in_chans:
+        raise ValueError(f'--teacher {name} has {teacher.in_chans} input channels, the student {in_chans}.')
+    return teacher.eval().requires_grad_(False)
+
+
+def distillation_task(
+        student: nn.Module,
+        teacher: nn.Module,
+        criterion: nn.Module,
+        temperature: float = 4.0,
+        distill_loss_weight: Optional[float] = None,
+        task_loss_weight: Optional[float] = None,
+        device: Optional[torch.device] = None,
+) -> LogitDistillationTask:
+    """timm's logit distillation: label loss plus `temperature^2` times the KL divergence to the teacher's softmax.
+
+    `task(images, target)['loss']` is differentiable. Each model gets images normalised as it was trained.
+
+    Args:
+        student: Model to train; may be wrapped (DDP, compiled).
+        teacher: Frozen model.
+        criterion: Label loss.
+        temperature: Of both softmaxes.
+        distill_loss_weight: Weight of the KL term; 1 if neither weight is given.
+        task_loss_weight: Weight of the label loss; alone, the KL term gets the rest to 1.
+        device: Device of the student.
+    """
+    return LogitDistillationTask(
+        student, teacher, criterion=criterion, temperature=temperature, distill_loss_weight=distill_loss_weight,
+        task_loss_weight=task_loss_weight, device=device, verbose=False)
+
+
+class TeacherView(nn.Module):
+    """The teacher of a task, for images that are normalised as the student's."""
+
+    def __init__(self, task: LogitDistillationTask) -> None:
+        super().__init__()
+        self.task = task
+
+    def train(self, mode: bool = True) -> 'TeacherView':
+        return self  # stays in eval(), and leaves the student's mode alone
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """`(B, C, H, W)` to logits `(B, classes)`."""
+        task = self.task
+        return task.teacher(task.teacher.normalize_input(images, task.student_mean, task.student_std))
+
+
+@torch.no_grad()
+def forward_flops(model: nn.Module, image_shape) -> int:
+    """Floating-point operations of one image's forward pass (a multiply-add counts as two), as torch counts them.
+
+    Args:
+        model: A model; for a gated one the count is for as many experts as it uses.
+        image_shape: `(C, H, W)`.
+    """
+    image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    for module, mode in training.items():
+        module.training = mode
+    return counter.get_total_flops()
+
+
+def benefit_kept(student: float, dense: float, teacher: float) -> float:
+    """The share of the MoE's benefit that the student keeps, `(student - dense) / (MoE - dense)` (OneS).
+
+    Not a number if the MoE has no benefit.
+    """
+    return (student - dense) / (teacher - dense) if teacher > dense else float('nan')

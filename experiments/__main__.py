@@ -1,0 +1,34 @@
+"""Accuracy studies. `python -m experiments NAME --data DIR` does what is missing of a study, `report` writes the tables.
+
+    python -m experiments.data fashion --output data/fashion      # once; see experiments/README.md
+    python -m experiments gathering --data data/fashion --jobs 2
+    python -m experiments report                                  # docs/results.md
+"""
+import argparse
+from pathlib import Path
+
+from .report import write
+from .runner import run_stage
+from .studies import STUDIES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog='experiments', description=__doc__.split('\n')[0])
+    parser.add_argument('study', choices=(*STUDIES, 'report'))
+    parser.add_argument('--data', type=Path, help='folder with train.tar, val.tar and test.tar by experiments.data')
+    parser.add_argument('--work', type=Path, default=Path('output/experiments'), help='folder for models and logs')
+    parser.add_argument('--jobs', type=int, default=1, help='runs at a time, one thread each')
+    parser.add_argument('--seeds', type=int, help='number of seeds (default: the study\'s)')
+    args = parser.parse_args()
+    if args.study == 'report':
+        write()
+        return
+    if args.data is None or not (args.data / 'test.tar').is_file():
+        parser.error('--data must be a folder with train.tar, val.tar and test.tar; python -m experiments.data makes them')
+    stages = STUDIES[args.study]
+    for stage in stages(args.data.resolve(), args.work.resolve(), args.seeds):
+        run_stage(args.study, stage, args.work.resolve(), args.data.resolve() / 'test.tar', args.jobs)
+
+
+if __name__ == '__main__':
+    main()
