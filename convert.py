@@ -21,6 +21,7 @@ from ewa.dense import METHODS, NEEDS_DATA
 from ewa.diagnostics import advise, write_report
 from ewa.moe import moe_layers
 from ewa.options import convert_parser
+from ewa.stacked import unstack
 from ewa.usage import is_gated
 from ewa.vision_transformer import has_experts
 
@@ -54,7 +55,7 @@ def load_source(args):
     if not timm.is_model(args.model.split('.')[0]):
         raise ValueError(f'--model {args.model} is not a model.')
     try:
-        weights = load_state_dict(str(source), use_ema=args.use_ema)
+        weights = unstack(load_state_dict(str(source), use_ema=args.use_ema))
     except Exception as e:  # whatever a broken or foreign file makes of the readers
         raise ValueError(f'{source} can\'t be read as tensors: {e}') from e
     if args.use_ema:

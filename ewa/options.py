@@ -316,6 +316,8 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     kwargs.update(experts)
 
     host = kwargs.get('host') or HOSTS.get(architecture) or architecture
+    if not source and not timm.is_model(host):
+        raise ValueError(f'host={host!r} is not a model that timm knows.')
     if args.img_size is not None and (source or timm.get_pretrained_cfg_value(host, 'fixed_input_size')):
         kwargs.setdefault('img_size', args.img_size)
     kwargs.update({k: v for k, v in dict(

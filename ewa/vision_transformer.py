@@ -13,6 +13,7 @@ from timm.models._hub import load_state_dict_from_path
 from torch import Tensor, nn
 
 from .moe import moe_layers
+from .stacked import unstack
 from .upcycle import MOE_ARGS, WEIGHT_CFG, select_ffns, to_moe
 
 __all__ = []  # filled by register_model
@@ -57,7 +58,7 @@ def _given_weights(cfg: Dict[str, Any]) -> Optional[Dict[str, Tensor]]:
         state_dict = load_state_dict(cfg['file'])
     else:
         return None
-    return dict(state_dict)
+    return unstack(state_dict)
 
 
 def load_experts(model: nn.Module, state_dict: Dict[str, Tensor], prefix: str = '') -> None:

@@ -1,0 +1,242 @@
+import argparse
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+import ewa
+from ewa.checkpoint import checkpoints
+from ewa.diagnostics import distances_to_mean
+from runs import ROOT, TINY, config_of, convert, fails, files, folder, logits_and_labels, run_convert, summary, top1, \
+    trained  # noqa: F401  fixtures among them
+
+BARE = ['--model', 'vit_ewa', '--model-kwargs', *(f'{k}={v}' for k, v in TINY.items() if k != 'num_classes')]
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / 'vit'
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return timm.create_model('vit_ewa', **TINY)
+
+
+def vanilla(directory):
+    return timm.create_model(f'local-dir:{directory}', pretrained=True).eval()
+
+
+def same_weights(directory, moe):
+    expected = ewa.to_dense(moe).state_dict()
+    written = load_file(directory / 'model.safetensors')
+    return written.keys() == expected.keys() and all(torch.equal(written[key], expected[key]) for key in expected)
+
+
+def test_the_vanilla_folder_computes_what_the_moe_computes(trained, folder, out, capsys):
+    before = files(trained)
+    run_convert(trained / 'last', '--output', out)
+    moe = ewa.load(trained / 'last')
+    logits, _ = logits_and_labels(vanilla(out), folder)
+    assert torch.equal(logits, logits_and_labels(moe, folder)[0])
+    config = config_of(out)
+    assert config['architecture'] == 'vit_tiny_patch16_224' and config['num_classes'] == 10
+    assert config['label_names'] == config_of(trained / 'last')['label_names']
+    assert config['pretrained_cfg']['mean'] == [0.286] and config['pretrained_cfg']['input_size'] == [1, 28, 28]
+    assert config['ewa']['updates'] == 10 and config['ewa']['method'] == 'average'
+    assert sorted(os.listdir(out)) == ['config.json', 'model.safetensors'] and files(trained) == before
+
+    text = capsys.readouterr().out
+    millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (moe, ewa.to_dense(moe))]
+    assert f'{millions[0]:.2f} M parameters before, {millions[1]:.2f} M after' in text
+    distance = distances_to_mean(moe)['blocks.1.mlp']
+    (line,) = [line for line in text.splitlines() if 'blocks.1.mlp' in line]
+    assert f'{distance:.4f}' in line and ' 4 ' in line
+
+
+def test_the_printed_line_loads_the_folder_without_this_package(trained, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / 'convert.py'), str(trained / 'last'), '--output', 'vit'], cwd=tmp_path,
+        capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith('Load it with:')]
+    code = f'import sys; sys.modules["ewa"] = None; import timm; print({line.removeprefix("Load it with:").strip()}.head)'
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and 'out_features=10' in done.stdout
+
+
+def test_accuracy_before_and_after(trained, folder, out, capsys):
+    run_convert(trained / 'last', '--output', out, '--data-dir', folder, '--workers', 0, '--batch-size', 7)
+    text = capsys.readouterr().out
+    expected = summary(trained)[-1]['eval_top1']
+    assert f'top-1 of 40 images: {expected:.2f} before' in text
+    after = re.search(r'^ +average +([\d.]+)', text, re.M)
+    assert float(after.group(1)) == pytest.approx(expected, abs=0.005)
+    assert top1(vanilla(out), folder) == pytest.approx(expected)
+
+
+def test_ema_weights_on_request(trained, tmp_path):
+    for i, source in enumerate((trained / 'last', checkpoints(trained)[-1])):
+        for ema in (False, True):
+            out = tmp_path / f'{i}{ema}'
+            run_convert(source, '--output', out, *['--use-ema'] * ema)
+            assert same_weights(out, ewa.load(trained / 'last', ema=ema))
+            assert not same_weights(out, ewa.load(trained / 'last', ema=not ema))
+            assert config_of(out)['label_names'] == config_of(trained / 'last')['label_names']
+
+
+def test_bare_safetensors(model, out):
+    save_file(model.state_dict(), out.with_suffix('.safetensors'))
+    run_convert(out.with_suffix('.safetensors'), *BARE, '--output', out)
+    assert same_weights(out, model)
+
+
+def test_size_and_channels_of_a_bare_file_as_flags(model, out):
+    save_file(model.state_dict(), out.with_suffix('.safetensors'))
+    kwargs = [f'{k}={v}' for k, v in TINY.items() if k not in ('img_size', 'in_chans', 'num_classes')]
+    run_convert(out.with_suffix('.safetensors'), '--output', out, '--img-size', 28, '--in-chans', 1, '--model', 'vit_ewa',
+                '--model-kwargs', *kwargs)
+    assert same_weights(out, model) and config_of(out)['pretrained_cfg']['input_size'] == [1, 28, 28]
+
+
+@pytest.mark.parametrize('ema', [False, True])
+def test_checkpoint_of_timms_train_script(model, out, ema):
+    average = timm.create_model('vit_ewa', **TINY)
+    prefixed = {f'module.{key}': value for key, value in model.state_dict().items()}
+    torch.save(dict(
+        epoch=3, arch='vit_ewa', state_dict=prefixed, state_dict_ema=average.state_dict(), optimizer={}, version=2,
+        args=argparse.Namespace(model='vit_ewa', lr=None, betas=[0.9, 0.99]), metric=1.5), out.with_suffix('.pth'))
+    run_convert(out.with_suffix('.pth'), *BARE, '--output', out, *['--use-ema'] * ema)
+    assert same_weights(out, average if ema else model)
+
+
+def test_onnx(trained, folder, out, capsys):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    run_convert(trained / 'last', '--output', out, '--onnx')
+    assert 'model.onnx: checked with onnxruntime' in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(out / 'model.onnx', providers=['CPUExecutionProvider'])
+    images = torch.randn(3, 1, 28, 28)
+    with torch.no_grad():
+        expected = vanilla(out)(images)
+    assert torch.allclose(torch.from_numpy(session.run(None, {'image': images.numpy()})[0]), expected, atol=1e-4)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f'touch {self.path}',)
+
+
+@pytest.mark.parametrize('write', [
+    lambda payload, path: torch.save(dict(state_dict={'a.experts.0': payload}), path),
+    lambda payload, path: path.write_bytes(pickle.dumps(payload)),
+], ids=['torch', 'pickle'])
+def test_a_pickle_is_never_run(write, out):
+    ran, path = out.with_name('ran'), out.with_suffix('.pth')
+    write(Malicious(ran), path)
+    code, lines = fails(run_convert, path, *BARE, '--output', out)
+    assert code == 2 and str(path) in lines[-1] and "can't be read as tensors" in lines[-1]
+    assert not ran.exists() and not out.exists()
+    if torch.serialization.get_default_load_endianness() is None:
+        pickle.loads(path.read_bytes()) if path.read_bytes()[:2] != b'PK' else torch.load(path, weights_only=False)
+        assert ran.exists()  # it would have run
+
+
+MISTAKES = {
+    'nothing there': ('{}/nope', 'nope does not exist'),
+    'empty folder': ('{}/empty', 'neither a model folder nor a checkpoint folder'),
+    'experiment': ('{run}', 'did you mean', 'run/best'),
+    'dense model': ('{}/dense', 'dense model', 'nothing to convert'),
+    'no ema': ('{}/noema', 'no EMA weights', '--use-ema'),
+    'bare file': ('{}/moe.pth', 'name their architecture with --model'),
+    'bare file without ema': ('{}/moe.pth', 'no EMA weights', '--use-ema', *BARE),
+    'dense bare file': ('{}/dense.pth', 'no experts', *BARE),
+    'unknown model': ('{}/moe.pth', 'nope is not a model', '--model', 'nope'),
+    'wrong model': ('{}/moe.pth', 'moe.pth', '--model', 'vit_small_ewa'),
+    'other experts': ('{}/moe.pth', 'moe.pth', *BARE, 'num_experts=3'),
+    'no tensors': ('{}/text.pth', 'text.pth', *BARE),
+    'unknown method': ('{run}/best', 'nope', '--method', 'nope'),
+    'unknown flag': ('{run}/best', 'nearest flag is --method', '--methd', 'sum'),
+    'lost source': ('--model-kwargs', 'run/best is not KEY=VALUE', 'a=1', '{run}/best'),
+    'no data': ('{run}/best', 'missing does not exist', '--data-dir', '{}/missing'),
+    'class count': ('{run}/best', '2 classes, the model 10', '--data-dir', '{}/two'),
+    'class names': ('{run}/best', 'not those the model was trained on', '--data-dir', '{}/other'),
+}
+
+
+@pytest.fixture(scope='session')
+def mistakes(trained, folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp('mistakes')
+    (root / 'empty').mkdir()
+    moe = timm.create_model('vit_ewa', **TINY)
+    torch.save(moe.state_dict(), root / 'moe.pth')
+    torch.save(ewa.to_dense(moe).state_dict(), root / 'dense.pth')
+    ewa.export(ewa.to_dense(moe), root / 'dense')
+    ewa.exporting.write_folder(moe, root / 'noema')
+    (root / 'text.pth').write_text('not tensors')
+    for name, classes in (('two', 2), ('other', 10)):
+        for split in ('train', 'val'):
+            (root / name / split).mkdir(parents=True)
+            for i, path in enumerate(sorted((folder / split).iterdir())[:classes]):
+                os.symlink(path, root / name / split / f'class{i}')
+    return root
+
+
+@pytest.mark.parametrize('source, word, flags', [(s, w, f) for s, w, *f in MISTAKES.values()], ids=list(MISTAKES))
+def test_a_mistake_gives_one_line_and_exit_code_2(mistakes, trained, out, capsys, source, word, flags):
+    words = [word] if not flags or flags[0].startswith('-') or source.startswith('--') else [word, flags.pop(0)]
+    given = [str(flag).replace('{run}', str(trained)).replace('{}', str(mistakes)) for flag in (source, *flags)]
+    code, lines = fails(run_convert, '--output', out, *given)
+    errors = [line for line in lines if line.startswith('convert.py: error: ')]
+    assert code == 2 and len(errors) == 1 and lines[-1] == errors[0]
+    assert all(w in errors[0] for w in words)
+    assert not list(out.parent.iterdir()) and not capsys.readouterr().out
+
+
+def test_output_that_exists_stays(trained, out):
+    run_convert(trained / 'last', '--output', out, '--use-ema')
+    before = files(out)
+    code, lines = fails(run_convert, trained / 'last', '--output', out)
+    assert code == 2 and f'{out} exists' in lines[-1] and files(out) == before
+    run_convert(trained / 'last', '--output', out, '--overwrite')
+    assert files(out) != before and same_weights(out, ewa.load(trained / 'last'))
+
+
+@pytest.mark.parametrize('kind', ['folder', 'file'])
+def test_only_a_model_folder_is_overwritten(trained, out, kind):
+    if kind == 'folder':
+        out.mkdir()
+    precious = out / 'thesis.tex' if kind == 'folder' else out
+    precious.write_text('mine')
+    code, lines = fails(run_convert, trained / 'last', '--output', out, '--overwrite')
+    assert code == 2 and f'{out} is not a model folder' in lines[-1]
+    assert precious.read_text() == 'mine' and os.listdir(out.parent) == ['vit']
+
+
+@pytest.mark.slow
+def test_timms_own_validation_agrees(trained, folder, out, capsys):
+    """Needs timm's validate.py, which is not part of its package: EWA_TIMM_VALIDATE=/path/to/validate.py."""
+    script = os.environ.get('EWA_TIMM_VALIDATE')
+    if not script:
+        pytest.skip('EWA_TIMM_VALIDATE does not name timm\'s validate.py')
+    run_convert(trained / 'last', '--output', out, '--data-dir', folder, '--workers', 0)
+    printed = float(re.search(r'^ +average +([\d.]+)', capsys.readouterr().out, re.M).group(1))
+    done = subprocess.run(
+        [sys.executable, script, '--data-dir', str(folder), '--model', f'local-dir:{out}', '--pretrained', '--device',
+         'cpu', '-j', '1', '--batch-size', '8', '--input-img-mode', 'L', '--in-chans', '1', '--num-classes', '10',
+         '--results-file', str(out.with_suffix('.json')), '--results-format', 'json'],
+        capture_output=True, text=True, cwd=out.parent)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout[done.stdout.index('{'):])
+    assert result['top1'] == pytest.approx(printed, abs=0.01)
