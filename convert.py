@@ -59,7 +59,7 @@ def load_source(args):
     except Exception as e:  # whatever a broken or foreign file makes of the readers
         raise ValueError(f'{source} can\'t be read as tensors: {e}') from e
     if args.use_ema:
-        raw = load_state_dict(str(source), use_ema=False)
+        raw = unstack(load_state_dict(str(source), use_ema=False))
         if all(torch.equal(raw[key], value) for key, value in weights.items()):
             raise ValueError(f'{source} has no EMA weights.')
     if not has_experts(weights):
@@ -142,7 +142,7 @@ def main(argv=None):
     print(f'  {"layer":<24} experts  distance to mean  mean cosine' + '  change if averaged' * gated)
     for record in records:
         change = f'  {record["change"]:>18.4f}' if gated and 'change' in record else ''
-        print(f'  {record["layer"]:<24} {record["num_experts"]:>7}  {record["distance"]:>16.4f}  '
+        print(f'  {record["layer"]:<24} {record["num_experts"]:>7}  {record.get("distance", float("nan")):>16.4f}  '
               f'{record.get("cosine", float("nan")):>11.4f}{change}')
     for warning in advise(records) if gated and args.method in ('average', 'all') else ():
         print(f'warning: {warning}')

@@ -8,6 +8,7 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 import numpy as np
 import torch
+from timm.models import create_model, is_model
 from timm.utils import unwrap_model
 from torch import nn
 
@@ -77,10 +78,13 @@ def to_dense(
         raise ValueError(f'{type(model).__name__} has no MoE layer: it is dense already.')
     gated = {name: layer for name, layer in layers.items() if is_gated(layer)}
     if len(gated) < len(layers) and method not in ('average', 'aligned', 'sum', 'top_kg', 'svd_kg'):
-        raise ValueError(f'{method} chooses experts by how they are used, and a random partition uses all alike: use average.')
-    pieces = _pieces(getattr(model, '_model_args', {}).get('expert_ratio', 1.0))
+        raise ValueError(
+            f'{method} chooses experts by how they are used, and a random partition uses all alike: use average.')
+    for name, layer in layers.items():
+        _check_finite(name, layer)
     needs_data = method in NEEDS_DATA or any(
-        not renormalises(layer) and (pieces > 1 or k or getattr(layer, 'shared', None)) for layer in gated.values())
+        not renormalises(layer) and (k or getattr(layer, 'shared', None) or _cut(layer) > 1)
+        for layer in gated.values())
     if needs_data and batches is None:
         raise ValueError(f'{method} needs calibration images for this model: give batches (convert.py: --data-dir).')
     usage = measure_usage(model, batches) if needs_data else {}
@@ -88,17 +92,19 @@ def to_dense(
     ffns = {}
     for name, layer in layers.items():
         try:
-            ffns[name] = _gather(layer, method, usage.get(name), pieces, k, options)
+            ffns[name] = _gather(layer, method, usage.get(name), k, options)
         except ValueError as e:
             raise ValueError(f'{name}: {e}') from e
     # with the FFNs in the memo, deepcopy takes them where it would copy a layer
     dense = deepcopy(model, {id(layer): ffns[name] for name, layer in layers.items()})
     describe_dense(dense)
-    _describe_width(dense, layers, pieces)
+    _describe_width(dense, layers)
     first = next(iter(layers.values()))
     dense.conversion = dict(
         method=method, **options, num_experts=len(first.experts), layers=list(layers),
         router='topk' if gated else 'random')
+    if k is not None:
+        dense.conversion['k'] = k
     if usage:
         dense.conversion['calibration_tokens'] = max(entry.tokens for entry in usage.values())
     return dense
@@ -108,14 +114,13 @@ def _gather(
         layer: nn.Module,
         method: str,
         usage: Optional[LayerUsage],
-        pieces: int,
         k: Optional[int],
         options: Dict[str, Any],
 ) -> nn.Module:
     shared = list(getattr(layer, 'shared', None) or [])
+    pieces = _cut(layer)
     single = pieces == 1 and not shared and k is None
     if single and method == 'average':
-        _check_finite(layer.experts)
         return fuse_experts(layer.experts)
     if not all(is_ffn(expert) for expert in [*layer.experts, *shared]):
         raise ValueError(f'{method} can\'t read experts of type {type(layer.experts[0]).__name__}; use average.')
@@ -130,8 +135,8 @@ def _gather(
         k = pieces - len(shared)
     if not 1 <= k <= len(experts):
         raise ValueError(
-            f'{k} routed experts can\'t be kept of {len(experts)}, beside {len(shared)} shared ones at 1/{pieces} of the '
-            f'hidden width: give k between 1 and {len(experts)}.')
+            f'{k} routed experts can\'t be kept of {len(experts)}, beside {len(shared)} shared ones at 1/{pieces} of '
+            f'the hidden width: give k between 1 and {len(experts)}.')
     mass = 1. if renormalises(layer) else usage.mass
     if method == 'prune':
         groups = [[i] for i in gathering.select(_scores(usage, options), k)]
@@ -144,7 +149,8 @@ def _gather(
         scales = [mass / k] * k
         parts = [experts[i] for i, in groups]
     else:
-        share = usage.counts / usage.counts.sum() if method == 'usage' else torch.full((len(experts),), 1 / len(experts))
+        counts = usage.counts if method == 'usage' else torch.ones(len(experts))
+        share = counts / counts.sum()
         scales = [mass * float(share[group].sum()) for group in groups]
         parts = [
             _merge([experts[i] for i in group], method, usage and usage.counts[group], options) for group in groups]
@@ -177,9 +183,16 @@ def group_similar(experts: Sequence[FFNWeights], k: int) -> List[List[int]]:
 
     Returns:
         `k` lists of indices, each ascending, ordered by their first.
+
+    Raises:
+        ValueError: Experts of unequal hidden widths.
     """
     from scipy.cluster.hierarchy import cut_tree, linkage
 
+    hidden = [expert.hidden for expert in experts]
+    if len(set(hidden)) > 1:
+        raise ValueError(
+            f'Experts must have equal hidden widths here, got {hidden}; prune and do_acp take unequal ones.')
     if len(experts) == 1:
         return [[0]]
     vectors = torch.stack([expert.units().flatten() for expert in experts]).float().cpu().numpy()
@@ -189,26 +202,46 @@ def group_similar(experts: Sequence[FFNWeights], k: int) -> List[List[int]]:
     return sorted(groups, key=lambda group: group[0])
 
 
-def _check_finite(experts: nn.ModuleList) -> None:
-    for i, expert in enumerate(experts):
-        for name, parameter in expert.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                raise ValueError(f'{name} of expert {i} is not finite; take a checkpoint from before it diverged.')
+def _cut(layer: nn.Module) -> int:
+    """How many experts of a layer are as wide as the dense FFN."""
+    return _pieces(getattr(layer, 'expert_ratio', 1.0))
 
 
-def _describe_width(dense: nn.Module, layers: Dict[str, nn.Module], pieces: int) -> None:
-    """Where the hidden width is not the vanilla one, make the model say so by `mlp_ratio`."""
-    ffns = {name: ffn for name, ffn in find_ffns(dense).items() if block_of(name)}
+def _check_finite(name: str, layer: nn.Module) -> None:
+    for key, parameter in layer.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f'{name}: {key} is not finite; take a checkpoint from before it diverged.')
+
+
+def _describe_width(dense: nn.Module, layers: Dict[str, nn.Module]) -> None:
+    """Where the hidden width of a timm model is not the vanilla one, make the model say so by `mlp_ratio`."""
+    architecture = (getattr(dense, 'pretrained_cfg', None) or {}).get('architecture')
     changed = [
-        name for name, layer in layers.items() if is_ffn(layer.experts[0])
-        and dense.get_submodule(name).fc2.in_features != pieces * layer.experts[0].fc2.in_features]
-    if not changed:
+        name for name, layer in layers.items() if is_ffn(layer.experts[0]) and any(
+            dense.get_submodule(name).fc2.in_features != _cut(layer) * expert.fc2.in_features
+            for expert in layer.experts)]
+    if not changed or not architecture or not is_model(architecture):
         return
-    ratios = {name: (ffn.fc1 if hasattr(ffn, 'fc1') else ffn.fc1_x) for name, ffn in ffns.items()}
-    ratios = {name: linear.out_features / linear.in_features for name, linear in ratios.items()}
-    if len(set(ratios.values())) > 1 or not ratios:
-        other = next(name for name in ratios if name not in changed)
+    ratios = {
+        name: ffn.fc2.in_features / ffn.fc2.out_features for name, ffn in find_ffns(dense).items()
+        if block_of(name) or name in changed}
+    ratio = ratios[changed[0]]
+    other = next((name for name in ratios if ratios[name] != ratio), None)
+    if other is not None:
         raise ValueError(
-            f'{changed[0]} would get another hidden width than {other}, and no timm architecture has FFNs of two widths. '
-            f'Leave k out to keep the vanilla width, or convert a model with layers="all".')
-    dense._model_args = dict(getattr(dense, '_model_args', {}), mlp_ratio=next(iter(ratios.values())))
+            f'{changed[0]} would get another hidden width than {other}, and no timm architecture has FFNs of two '
+            f'widths. Leave k out to keep the vanilla width, or convert a model with layers="all".')
+    shapes = {key: value.shape for key, value in dense.state_dict().items()}
+    for factor in (1, 2):  # where a GLU packs its two input matrices, some hosts count both in mlp_ratio
+        args = dict(getattr(dense, '_model_args', {}), mlp_ratio=factor * ratio)
+        try:
+            with torch.device('meta'):
+                vanilla = create_model(architecture, **args)
+        except TypeError:
+            break
+        if {key: value.shape for key, value in vanilla.state_dict().items()} == shapes:
+            dense._model_args = args
+            return
+    raise ValueError(
+        f'{changed[0]} would have {dense.get_submodule(changed[0]).fc2.in_features} hidden units, and {architecture} has '
+        f'no mlp_ratio for that. Leave k out to keep the vanilla width.')

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import gathering
 from .ffn import is_ffn, read_ffn
-from .moe import mean_state, moe_layers
+from .moe import are_alike, mean_state, moe_layers
 from .usage import is_gated, measure_usage
 
 ORTHOGONAL = 0.1  # mean pairwise cosine under which experts are called nearly orthogonal
@@ -22,10 +22,12 @@ def distances_to_mean(model: nn.Module) -> Dict[str, float]:
 
     Returns:
         Layer name to `sqrt(mean_e |W_e - W_mean|^2) / |W_mean|` over all parameters of an expert: 0 for equal experts,
-        about `sqrt(E-1)` for independent ones.
+        about `sqrt(E-1)` for independent ones. Layers whose experts are of unequal widths are left out.
     """
     result = {}
     for name, layer in moe_layers(model):
+        if not are_alike(layer.experts):
+            continue
         mean = mean_state(layer.experts)
         squares = [
             sum((p.float() - mean[key].float()).square().sum() for key, p in expert.named_parameters())
@@ -75,16 +77,18 @@ def diagnose(model: nn.Module, batches: Optional[Iterable] = None, align: bool =
         With `batches`, gated layers also have `tokens`, `usage` (share of assignments of each expert), `entropy` (of
         usage, 1 when uniform), `dead` (experts that no token was sent to), and `change`: the relative change
         `sqrt(E|y' - y|^2 / E|y|^2)` of the routed output if the experts are averaged. Random-partition layers
-        compute with the mean in `eval()`: their `change` is 0.
+        compute with the mean in `eval()`: their `change` is 0. Experts of unequal widths have no mean and no pairwise
+        cosine: records of their layers lack these.
     """
     usage = measure_usage(model, batches) if batches is not None else {}
     distances = distances_to_mean(model)
     records = []
     for name, layer in moe_layers(model):
         record: Dict[str, Any] = dict(
-            layer=name, router='topk' if is_gated(layer) else 'random', num_experts=len(layer.experts),
-            distance=distances[name])
-        if all(is_ffn(expert) for expert in layer.experts):
+            layer=name, router='topk' if is_gated(layer) else 'random', num_experts=len(layer.experts))
+        if name in distances:
+            record['distance'] = distances[name]
+        if name in distances and all(is_ffn(expert) for expert in layer.experts):
             similarity = cosines(layer)
             record.update(cosine=_mean_pairwise(similarity), similarity=similarity.tolist())
             if align:
@@ -96,7 +100,9 @@ def diagnose(model: nn.Module, batches: Optional[Iterable] = None, align: bool =
             entropy = -(share * share.clamp(min=1e-30).log()).sum() / torch.tensor(float(len(share))).log()
             record.update(
                 tokens=usage[name].tokens, usage=share.tolist(), entropy=float(entropy),
-                dead=[i for i, count in enumerate(usage[name].counts) if count == 0], change=usage[name].change)
+                dead=[i for i, count in enumerate(usage[name].counts) if count == 0])
+            if name in distances:
+                record['change'] = usage[name].change
         records.append(record)
     return records
 
@@ -106,10 +112,11 @@ def advise(records: List[Dict[str, Any]]) -> List[str]:
     warnings = []
     for record in records:
         if record['router'] == 'topk' and record.get('cosine', 1.) < ORTHOGONAL:
-            better = 'aligned' if record['cosine_aligned'] > 2 * ORTHOGONAL else 'prune or do_acp'
+            aligned = record.get('cosine_aligned', float('nan'))  # not a number: never measured
+            better = 'aligned' if aligned > 2 * ORTHOGONAL else 'prune or do_acp'
             warnings.append(
                 f'{record["layer"]}: the experts are nearly orthogonal (mean cosine {record["cosine"]:.3f}, '
-                f'{record["cosine_aligned"]:.3f} aligned); their average keeps little of them. Try {better}.')
+                f'{aligned:.3f} aligned); their average keeps little of them. Try {better}.')
         if record.get('dead'):
             warnings.append(f'{record["layer"]}: no calibration token was sent to expert(s) {record["dead"]}.')
     return warnings
@@ -167,9 +174,9 @@ def write_report(records: List[Dict[str, Any]], directory: Path, title: str) -> 
     lines = [f'# {title}', '', '| ' + ' | '.join(columns) + ' |', '|' + '---|' * len(columns)]
     lines += ['| ' + ' | '.join(cell(record.get(column)) for column in columns) + ' |' for record in records]
     lines += [
-        '', 'distance: of the experts to their mean, relative to its norm. cosine: mean over pairs of experts, aligned: '
-        'after their hidden units were permuted to match. entropy: of usage, 1 when uniform. change: relative change of '
-        'the routed output when the experts are averaged.', '']
+        '', 'distance: of the experts to their mean, relative to its norm. cosine: mean over pairs of experts, '
+        'aligned: after their hidden units were permuted to match. entropy: of usage, 1 when uniform. change: relative '
+        'change of the routed output when the experts are averaged.', '']
     lines += [f'- {line}' for line in advise(records)]
     figures = {'similarity': similarity_figure(records) if any('similarity' in r for r in records) else None,
                'usage': usage_figure(records)}

@@ -22,7 +22,8 @@ def load_teacher(name: str, num_classes: int, in_chans: int) -> nn.Module:
     try:
         teacher = timm.create_model(name, pretrained=True)
     except (RuntimeError, ValueError, FileNotFoundError, AssertionError) as e:
-        raise ValueError(f'--teacher {name} can\'t be loaded: {e}. Give local-dir:DIR or a pretrained timm name.') from e
+        raise ValueError(
+            f'--teacher {name} can\'t be loaded: {e}. Give local-dir:DIR or a pretrained timm name.') from e
     if teacher.num_classes != num_classes:
         raise ValueError(f'--teacher {name} has {teacher.num_classes} classes, the student {num_classes}.')
     if getattr(teacher, 'in_chans', in_chans) != in_chans:

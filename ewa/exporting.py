@@ -125,10 +125,16 @@ def _verify(model: nn.Module, directory: Path) -> None:
     written, read = model.state_dict(), loaded.state_dict()
     if list(written) != list(read) or not all(torch.equal(written[key], read[key]) for key in written):
         raise RuntimeError('The exported folder does not load to the weights that were written.')
-    image = torch.randn(2, *get_model_input_config(model)['input_size']).to(reference)
+    image = _image(model).to(reference)
     with _evaluating(model):
         if not torch.equal(model(image), loaded(image)):
             raise RuntimeError('The exported folder does not compute the outputs of the model that was written.')
+
+
+def _image(model: nn.Module) -> Tensor:
+    # a generator of its own: an export in the middle of a training run must not change what the run draws
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, *get_model_input_config(model)['input_size'], generator=generator)
 
 
 @contextmanager
@@ -150,7 +156,7 @@ def _write_onnx(model: nn.Module, path: Path) -> None:
     except ImportError as e:
         raise ValueError(f'ONNX needs a package that is not installed ({e.name}): pip install "ewa-vit[onnx]".') from e
     model = copy.deepcopy(model).cpu().float().eval()
-    image = torch.randn(2, *get_model_input_config(model)['input_size'])
+    image = _image(model)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the exporter warns about its own internals
         torch.onnx.export(

@@ -37,8 +37,20 @@ def mean_state(experts: Iterable[nn.Module]) -> Dict[str, Tensor]:
     }
 
 
+def are_alike(experts: Iterable[nn.Module]) -> bool:
+    """Whether experts have the same parameters, name for name and shape for shape."""
+    first, *others = [[(name, p.shape) for name, p in expert.named_parameters()] for expert in experts]
+    return all(other == first for other in others)
+
+
 def fuse_experts(experts: Sequence[nn.Module]) -> nn.Module:
-    """One new FFN whose weights are the mean of the experts'; it shares no storage with them."""
+    """One new FFN whose weights are the mean of the experts'; it shares no storage with them.
+
+    Raises:
+        ValueError: The experts are of unequal shapes.
+    """
+    if not are_alike(experts):
+        raise ValueError('Experts of unequal shapes have no mean; prune and do_acp take unequal hidden widths.')
     ffn = deepcopy(experts[0])
     with torch.no_grad():
         target = dict([*ffn.named_parameters(), *ffn.named_buffers()])
@@ -161,6 +173,9 @@ class TopKMoE(nn.Module):
         for expert in getattr(self, 'shared', ()):
             out = out + expert(tokens)
         return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise NotImplementedError('A gated MoE layer can\'t be scripted; convert the model with ewa.to_dense first.')
 
     def __getstate__(self) -> Dict:
         # the losses carry an autograd graph, which can be neither copied nor pickled

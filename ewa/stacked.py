@@ -2,9 +2,9 @@
 
 Axis legend: `E` experts, `H` hidden width, `D` width.
 
-A layout is a table from a regular expression over keys to where one expert's slice goes: `\\1` is the name of the FFN in
-the host, `{e}` the number of the expert; `None` drops the key. With `transpose`, a slice `(H, D)` becomes `(D, H)`. To
-read another library's files, write such a table and pass it to `unstack`.
+A layout is a table from a regular expression over keys to where one expert's slice goes: `\\1` is the name of the FFN
+in the host, `{e}` the number of the expert; `None` drops the key. With `transpose`, a slice `(H, D)` becomes `(D, H)`.
+To read another library's files, write such a table and pass it to `unstack`.
 """
 import re
 from typing import Dict, NamedTuple, Optional

@@ -217,6 +217,7 @@ def to_moe(
             experts = _first_experts(ffn, num_experts + num_shared, pieces, init)
             layer = TopKMoE(
                 experts[:num_experts], ffn.fc2.out_features, top_k, renormalise, shared=experts[num_experts:])
+            layer.expert_ratio = expert_ratio
         model.set_submodule(name, layer)
 
     args: Dict[str, Any] = dict(num_experts=num_experts, layers=layers if isinstance(layers, str) else list(layers))

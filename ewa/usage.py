@@ -8,7 +8,7 @@ from typing import Dict, Iterable, Tuple
 import torch
 from torch import Tensor, nn
 
-from .moe import fuse_experts, moe_layers
+from .moe import are_alike, fuse_experts, moe_layers
 from .routing import top_k_gates
 
 _CHUNK = 4096  # tokens that all experts are evaluated on at once
@@ -56,7 +56,7 @@ class LayerUsage:
         second_moment: `E<f_i(x), f_j(x)>` over all tokens, chosen or not, `(E, E)`.
         mass: Mean sum of the gates of a token.
         change: `sqrt(E|y' - y|^2 / E|y|^2)` for the routed part of the layer's output `y` and the output `y'` of the
-            plain average of its experts.
+            plain average of its experts; not a number if the experts are of unequal widths and have no average.
     """
     tokens: int
     counts: Tensor
@@ -71,7 +71,7 @@ class _Sums:
     def __init__(self, layer: nn.Module) -> None:
         num_experts = len(layer.experts)
         self.layer = layer
-        self.fused = fuse_experts(layer.experts)
+        self.fused = fuse_experts(layer.experts).eval() if are_alike(layer.experts) else None
         self.tokens = 0
         self.counts, self.probability, self.contribution = torch.zeros(3, num_experts, dtype=torch.float64)
         self.second_moment = torch.zeros(num_experts, num_experts, dtype=torch.float64)
@@ -99,7 +99,8 @@ class _Sums:
         self.contribution += total(full * norms)
         self.second_moment += torch.einsum('itd,jtd->ij', outputs, outputs).double().cpu()
         self.mass += float(gates.sum())
-        self.change += float((self.fused(tokens).float() - mixed).square().sum())
+        fused = self.fused(tokens).float() if self.fused is not None else float('nan')
+        self.change += float((fused - mixed).square().sum())
         self.norm += float(mixed.square().sum())
 
     def result(self) -> LayerUsage:
@@ -121,7 +122,7 @@ def measure_usage(model: nn.Module, batches: Iterable) -> Dict[str, LayerUsage]:
         Layer name to its statistics.
 
     Raises:
-        ValueError: There are no batches.
+        ValueError: There are no batches, or the model's forward pass does not reach a gated layer.
     """
     sums = {name: _Sums(layer) for name, layer in moe_layers(model) if is_gated(layer)}
     modes = {module: module.training for module in model.modules()}
@@ -141,4 +142,7 @@ def measure_usage(model: nn.Module, batches: Iterable) -> Dict[str, LayerUsage]:
             module.training = mode
     if not seen:
         raise ValueError('The calibration set has no batches.')
+    for name, entry in sums.items():
+        if not entry.tokens:
+            raise ValueError(f'{name} got no tokens: the forward pass of {type(model).__name__} does not reach it.')
     return {name: entry.result() for name, entry in sums.items()}

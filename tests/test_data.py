@@ -1,0 +1,188 @@
+import random
+import struct
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from ewa.data import SeededDataset, check_classes, class_names, eval_loader, open_dataset, seed_all, train_loader
+from ewa.options import train_parser
+from runs import FLAGS, SAMPLE, folder  # noqa: F401  a fixture
+
+CONFIG = dict(input_size=(1, 28, 28), interpolation='bicubic', mean=(0.286,), std=(0.353,), crop_pct=1.0, crop_mode='center')
+
+
+def options(*flags):
+    return train_parser().parse_args([*FLAGS, *map(str, flags)])
+
+
+def opened(args, split='train', is_training=True, in_chans=1):
+    return open_dataset(args, split, is_training, in_chans)
+
+
+# what is opened
+
+def test_folder(folder):
+    args = options('--data-dir', folder)
+    train, val = opened(args), opened(args, 'validation', False)  # val/ is one of its names
+    assert (len(train), len(val)) == (80, 40)
+    assert class_names(train) == sorted(path.name for path in (folder / 'train').iterdir())
+    assert Counter(target for _, target in train) == {i: 8 for i in range(10)}
+    assert train[0][0].mode == 'L' and opened(args, in_chans=3)[0][0].mode == 'RGB'
+    assert opened(options('--data-dir', folder, '--input-img-mode', 'RGB'))[0][0].mode == 'RGB'
+
+
+def test_tar():
+    args = options('--data-dir', SAMPLE)
+    val = opened(args, 'val.tar', False)
+    assert len(val) == 1000 and val[0][0].size == (28, 28)
+    assert check_classes(opened(args, 'train.tar'), val, None) == 10 and 'ankle-boot' in class_names(val)
+
+
+def write_idx(path, array):
+    path.write_bytes(struct.pack(f'>HBB{array.ndim}I', 0, 8, array.ndim, *array.shape) + array.tobytes())
+
+
+@pytest.mark.parametrize('in_chans, mode', [(1, 'L'), (3, 'RGB')])
+def test_torchvision_data_set(tmp_path, in_chans, mode):
+    raw = tmp_path / 'FashionMNIST' / 'raw'
+    raw.mkdir(parents=True)
+    for prefix, count in (('train', 20), ('t10k', 10)):
+        write_idx(raw / f'{prefix}-images-idx3-ubyte', np.full((count, 28, 28), 200, np.uint8))
+        write_idx(raw / f'{prefix}-labels-idx1-ubyte', np.arange(count).astype(np.uint8) % 10)
+    args = options('--dataset', 'torch/fashion_mnist', '--data-dir', tmp_path, '--batch-size', 5)
+    train, val = opened(args, in_chans=in_chans), opened(args, 'validation', False, in_chans)
+    assert (len(train), len(val)) == (20, 10)
+    assert check_classes(train, val, None) == 10 and class_names(train)[0] == 'T-shirt/top'
+    config = dict(CONFIG, input_size=(in_chans, 28, 28), mean=(0.5,) * in_chans, std=(0.5,) * in_chans)
+    for loader in (train_loader(SeededDataset(train, 0), args, config), eval_loader(val, args, config)):
+        images, _ = next(iter(loader))
+        assert images.shape == (5, in_chans, 28, 28)
+    assert torch.allclose(images, torch.tensor((200 / 255 - 0.5) / 0.5))
+    del mode
+
+
+@pytest.mark.parametrize('flags, split, message', [
+    (['--data-dir', '{}/missing'], 'train', 'missing does not exist'),
+    (['--data-dir', '{}'], 'train', r'no folder train or training \(found: a\)'),
+    (['--data-dir', '{}'], 'validation', 'no folder val or valid or validation'),
+    (['--data-dir', '{}', '--class-map', '{}/map.txt'], 'a', "can't be read: .*map.txt"),
+    (['--data-dir', '{}'], 'a', '0 images'),
+    (['--dataset', 'tourch/cifar10'], 'train', 'tourch/cifar10 is not one of torch/NAME, hfds/NAME'),
+    (['--dataset', 'torch/nope', '--data-dir', '{}'], 'train', 'torch/nope.*Unknown'),
+    (['--dataset', 'torch/cifar10', '--data-dir', '{}'], 'train', 'torch/cifar10.*not found'),
+])
+def test_what_is_not_there_is_named(tmp_path, flags, split, message):
+    (tmp_path / 'a').mkdir()
+    args = options(*(flag.replace('{}', str(tmp_path)) for flag in flags))
+    with pytest.raises(ValueError, match=message):
+        opened(args, split)
+
+
+class Named:
+    def __init__(self, *classes):
+        self.classes = classes
+
+
+def test_classes_must_agree():
+    assert check_classes(Named('a', 'b'), Named('a', 'b'), None) == 2
+    assert check_classes(Named('a', 'b'), Named('a', 'b'), 2) == 2
+    assert check_classes(Named('a', 'b'), object(), None) == 2
+    assert check_classes(object(), object(), 5) == 5
+    with pytest.raises(ValueError, match=r'training \(2\) and validation \(2\) differ: b only in training; c only in val'):
+        check_classes(Named('a', 'b'), Named('a', 'c'), None)
+    with pytest.raises(ValueError, match='same names in another order'):
+        check_classes(Named('a', 'b'), Named('b', 'a'), None)
+    with pytest.raises(ValueError, match='2 classes, --num-classes says 3'):
+        check_classes(Named('a', 'b'), Named('a', 'b'), 3)
+    with pytest.raises(ValueError, match='give --num-classes'):
+        check_classes(object(), object(), None)
+
+
+# what comes out of the loaders
+
+def test_validation_sees_every_image_once_and_plain(folder):
+    args = options('--data-dir', folder, '--batch-size', 7)
+    dataset = opened(args, 'val', False)
+    raw = [(np.asarray(image), target) for image, target in dataset]
+    batches = list(eval_loader(dataset, args, CONFIG))
+    assert [len(images) for images, _ in batches] == [7] * 5 + [5]
+    images, targets = (torch.cat(parts) for parts in zip(*batches))
+    assert targets.tolist() == [target for _, target in raw]
+    expected = torch.stack([torch.tensor(image)[None] / 255 for image, _ in raw])
+    assert torch.allclose(images, (expected - 0.286) / 0.353, atol=1e-6)
+    assert len(next(iter(eval_loader(dataset, options('--data-dir', folder, '-vb', 9), CONFIG)))[0]) == 9
+
+
+def test_training_drops_the_incomplete_batch(folder):
+    args = options('--data-dir', folder, '--batch-size', 32)
+    loader = train_loader(SeededDataset(opened(args), 0), args, CONFIG)
+    assert len(loader) == 2 and [len(images) for images, _ in loader] == [32, 32]
+
+
+@pytest.mark.parametrize('flags, varied', [
+    (['--no-aug'], False), ([], True), (['--scale', 1, 1, '--ratio', 1, 1, '--hflip', 0, '--color-jitter', 0], False),
+    (['--no-aug', '--reprob', 0], False), (['--scale', 1, 1, '--ratio', 1, 1, '--hflip', 0, '--color-jitter', 0,
+                                           '--reprob', 1], True)], ids=['none', 'default', 'off', 'off2', 'erasing'])
+def test_augmentation_flags(folder, flags, varied):
+    args = options('--data-dir', folder, *flags)
+    dataset = SeededDataset(opened(args), 0)
+    train_loader(dataset, args, CONFIG)  # sets the transform
+    first = [dataset[i][0] for i in range(8)]
+    dataset.set_epoch(1)
+    assert all(torch.equal(a, dataset[i][0]) for i, a in enumerate(first)) == (not varied)
+
+
+# random streams
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_image_depends_on_seed_epoch_and_index_alone(folder, workers):
+    args = options('--data-dir', folder, '--aa', 'rand-m7-inc1', '--reprob', 0.5, '--workers', workers)
+
+    def pixels(seed, epoch, order, workers=0):
+        dataset = SeededDataset(opened(args), seed)
+        train_loader(dataset, args, CONFIG)
+        dataset.set_epoch(epoch)
+        batches = DataLoader(dataset, batch_size=4, sampler=order, num_workers=workers)
+        return dict(zip(order, torch.cat([images for images, _ in batches])))
+
+    reference = pixels(0, 3, range(12))
+    torch.manual_seed(99)
+    random.seed(99)
+    np.random.seed(99)
+    other = pixels(0, 3, [7, 11, 3, 2, 5], workers)
+    assert all(torch.equal(reference[i], other[i]) for i in other)
+    assert not all(torch.equal(reference[i], pixels(0, 4, range(12))[i]) for i in range(12))
+    assert not all(torch.equal(reference[i], pixels(1, 3, range(12))[i]) for i in range(12))
+
+
+def test_workers_that_outlive_an_epoch_see_the_next(folder):
+    args = options('--data-dir', folder, '--workers', 1, '--batch-size', 80)
+    dataset = SeededDataset(opened(args), 0)
+    loader = train_loader(dataset, args, CONFIG)
+    assert loader.persistent_workers
+    plain = DataLoader(dataset, batch_size=80)
+    for epoch in (0, 1):
+        dataset.set_epoch(epoch)
+        images, _ = next(iter(plain))
+        shuffled, _ = next(iter(loader))
+        assert torch.equal(images.flatten(1).sum(1).sort().values, shuffled.flatten(1).sum(1).sort().values)
+
+
+def draws():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_seeds_are_independent_streams():
+    seen = {}
+    for key in [(0,), (0, 0), (0, 1), (1, 0), (0, 1, 2), (0, 2, 1), (0, 1, 2, 3), (2**40, 1)]:
+        seed_all(*key)
+        first = draws()
+        random.random(), torch.rand(7)
+        seed_all(*key)
+        assert draws() == first
+        seen[key] = first
+    for values in zip(*(seen[key] for key in seen if key != (0, 0))):
+        assert len(set(values)) == len(values)
