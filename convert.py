@@ -64,8 +64,9 @@ def load_source(args):
             raise ValueError(f'{source} has no EMA weights.')
     if not has_experts(weights):
         raise ValueError(f'{source} has no experts: these are the weights of a dense model.')
-    cfg = timm.models.get_pretrained_cfg(args.model.split('.')[0])
-    classifier = weights.get(f'{cfg.classifier}.weight')
+    cfg = timm.models.get_pretrained_cfg(args.model_kwargs.get('host') or args.model.split('.')[0])
+    classifier = getattr(cfg, 'classifier', None) or ''
+    classifier = weights.get(f'{classifier if isinstance(classifier, str) else classifier[0]}.weight')
     kwargs = dict(args.model_kwargs)
     if classifier is not None:
         kwargs.setdefault('num_classes', len(classifier))

@@ -237,11 +237,11 @@ def _describe_width(dense: nn.Module, layers: Dict[str, nn.Module]) -> None:
         try:
             with torch.device('meta'):
                 vanilla = create_model(architecture, **args)
-        except TypeError:
-            break
+        except (TypeError, ValueError, AssertionError):
+            continue
         if {key: value.shape for key, value in vanilla.state_dict().items()} == shapes:
             dense._model_args = args
             return
     raise ValueError(
-        f'{changed[0]} would have {dense.get_submodule(changed[0]).fc2.in_features} hidden units, and {architecture} has '
-        f'no mlp_ratio for that. Leave k out to keep the vanilla width.')
+        f'{changed[0]} would have {dense.get_submodule(changed[0]).fc2.in_features} hidden units, and {architecture} '
+        f'has no mlp_ratio for that. Leave k out to keep the vanilla width.')

@@ -426,7 +426,9 @@ def _average(experts: Sequence[FFNWeights], weights, name: str) -> FFNWeights:
         weights = _vector(name, weights, len(wide), non_negative=True)
         if not weights.sum() > 0:
             raise ValueError(f'{name} must not all be zero; leave them out for the plain average.')
-        weights = (weights / weights.sum()).tolist()
+        # mean() starts from the first: one of weight 0 would leave its rounding errors behind
+        wide = [expert for expert, weight in zip(wide, weights) if weight > 0]
+        weights = (weights[weights > 0] / weights.sum()).tolist()
     return _like(_gather(wide, lambda name, ts: mean(ts, weights)), experts[0])
 
 

@@ -104,6 +104,8 @@ def _create(
         raise ValueError(f'host={host!r} is not a model that timm knows; timm.list_models() lists them.')
     moe_args = {k: kwargs.pop(k) for k in (*MOE_ARGS, 'init') if k in kwargs}
     builder_args = ('pretrained_model_args', 'features_only', 'out_indices', 'feature_cls')
+    if pretrained and moe_args.get('init', 'auto') == 'auto':
+        moe_args['init'] = 'copy'
     model_args = {k: v for k, v in kwargs.items() if k not in builder_args}
     host_args = dict(kwargs, cache_dir=cache_dir)
     cfg = resolve_pretrained_cfg(host, pretrained_cfg, pretrained_cfg_overlay).to_dict()

@@ -40,7 +40,7 @@ def gathering(data: Path, work: Path, seeds: Optional[int]) -> Iterator[List[Run
         for seed in seeds
     ]
     runs = []
-    for count in (2000, 10000, 50000):
+    for count in (1000, 5000, 25000):
         part = subset(data / 'train.tar', count, work / 'gathering' / f'train-{count}.tar')
         for seed in seeds:
             starts = {method: str(trained / f'{method}-{seed}') for method in METHODS}

@@ -2,6 +2,7 @@
 
 Axis legend: `T` tokens, `D` width, `E` experts, `k` experts a token is sent to.
 """
+import copy
 import math
 
 import torch
@@ -88,3 +89,83 @@ def mean(tensors):
     for tensor in tensors:
         total += tensor.double()
     return total / len(tensors)
+
+
+@torch.no_grad()
+def inputs_of(model, layer, batches):
+    """The tokens (T, D) that reach a layer of a model in `eval()`, one after the other."""
+    seen, handle = [], layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    training = model.training
+    model.eval()
+    for images in batches:
+        model(images)
+    model.train(training)
+    handle.remove()
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in seen])
+
+
+@torch.no_grad()
+def usage(tokens, experts, logits, top_k, renormalise=True):
+    """The statistics of `LayerUsage` as a dict of lists and numbers, token by token."""
+    count, num_experts = len(tokens), len(experts)
+    counts, probability, contribution = ([0.] * num_experts for _ in range(3))
+    moment = [[0.] * num_experts for _ in range(num_experts)]
+    mass = change = norm = 0.
+    probabilities = gates(logits, num_experts)
+    for token, gate, p in zip(tokens, gates(logits, top_k, renormalise), probabilities):
+        outputs = [expert(token[None])[0].double() for expert in experts]
+        for e, g in gate.items():
+            counts[e] += 1
+            probability[e] += p[e]
+            contribution[e] += g * outputs[e].norm().item()
+            mass += g / count
+        for i in range(num_experts):
+            for j in range(num_experts):
+                moment[i][j] += (outputs[i] @ outputs[j]).item() / count
+        y = sum(g * outputs[e] for e, g in gate.items())
+        change += (fused(experts)(token[None])[0].double() - y).square().sum().item()
+        norm += y.square().sum().item()
+    return dict(
+        tokens=count, counts=counts, probability=[p / max(n, 1) for p, n in zip(probability, counts)],
+        contribution=[c / max(n, 1) for c, n in zip(contribution, counts)], second_moment=moment, mass=mass,
+        change=(change / norm) ** .5)
+
+
+def fused(experts):
+    """The FFN with the mean weights, in `eval()`."""
+    ffn = copy.deepcopy(experts[0]).eval()
+    ffn.load_state_dict({
+        key: mean([expert.state_dict()[key] for expert in experts]).to(value.dtype)
+        for key, value in ffn.state_dict().items()})
+    return ffn
+
+
+def ffn_weights(ffn):
+    """An FFN of timm as a dict of tensors, as in gathering_reference.py."""
+    def split(name):
+        if hasattr(ffn, 'fc1_g'):
+            return torch.stack([getattr(ffn.fc1_g, name), getattr(ffn.fc1_x, name)])
+        tensor = getattr(ffn.fc1, name)
+        return torch.stack(tensor.chunk(tensor.shape[0] // ffn.fc2.in_features))
+
+    result = dict(up=split('weight'), up_bias=split('bias'), down=ffn.fc2.weight, down_bias=ffn.fc2.bias)
+    if list(ffn.norm.parameters()):
+        result['norm'] = torch.stack([ffn.norm.weight, ffn.norm.bias])
+    return {name: tensor.detach() for name, tensor in result.items()}
+
+
+def group_similar(vectors, k):
+    """Merge the two groups of the smallest mean distance between normalised members until k are left."""
+    vectors = [vector / vector.norm() for vector in vectors]
+    groups = [[i] for i in range(len(vectors))]
+    while len(groups) > k:
+        pairs = [(a, b) for a in range(len(groups)) for b in range(a + 1, len(groups))]
+        a, b = min(pairs, key=lambda pair: sum(
+            (vectors[i] - vectors[j]).norm().item() for i in groups[pair[0]] for j in groups[pair[1]]
+        ) / len(groups[pair[0]]) / len(groups[pair[1]]))
+        groups[a] = sorted(groups[a] + groups.pop(b))
+    return sorted(groups)
+
+
+def cosine(a, b):
+    return (a @ b / a.norm() / b.norm()).item()

@@ -21,8 +21,8 @@ SAMPLE = ROOT / 'data' / 'fashion_mini'
 HOST = dict(patch_size=7, embed_dim=32, depth=2, num_heads=2)
 TINY = dict(host='vit_tiny_patch16_224', **HOST, img_size=28, in_chans=1, num_classes=10)  # the model of FLAGS
 FLAGS = ['--model', 'vit_ewa', '--model-kwargs', 'host=vit_tiny_patch16_224', *(f'{k}={v}' for k, v in HOST.items()),
-         '--img-size', '28', '--in-chans', '1', '--mean', '0.286', '--std', '0.353', '--crop-pct', '1', '--workers', '0',
-         '--batch-size', '16', '--epochs', '2', '--warmup-epochs', '0', '--lr', '0.002']
+         '--img-size', '28', '--in-chans', '1', '--mean', '0.286', '--std', '0.353', '--crop-pct', '1',
+         '--workers', '0', '--batch-size', '16', '--epochs', '2', '--warmup-epochs', '0', '--lr', '0.002']
 
 
 def sample_images(split, per_class):

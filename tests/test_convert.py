@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import ewa
 from ewa.checkpoint import checkpoints
 from ewa.diagnostics import distances_to_mean
-from runs import TINY, config_of, fails, files, folder, logits_and_labels, run_convert, summary, top1, trained \
-     # noqa: F401  fixtures among them
+from runs import (  # noqa: F401  fixtures among them
+    TINY, config_of, fails, files, folder, logits_and_labels, run_convert, summary, top1, trained)
 
 BARE = ['--model', 'vit_ewa', '--model-kwargs', *(f'{k}={v}' for k, v in TINY.items() if k != 'num_classes')]
 
@@ -65,7 +65,8 @@ def test_the_vanilla_folder_computes_what_the_moe_computes(trained, folder, out,
 def test_the_printed_line_loads_the_folder_without_this_package(trained, out, capsys):
     run_convert(trained / 'last', '--output', out)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith('Load it with:')]
-    code = f'import sys; sys.modules["ewa"] = None; import timm; print({line.removeprefix("Load it with:").strip()}.head)'
+    call = line.removeprefix('Load it with:').strip()
+    code = f'import sys; sys.modules["ewa"] = None; import timm; print({call}.head)'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0 and 'out_features=10' in done.stdout
 
@@ -99,8 +100,8 @@ def test_bare_safetensors(model, out):
 def test_size_and_channels_of_a_bare_file_as_flags(model, out):
     save_file(model.state_dict(), out.with_suffix('.safetensors'))
     kwargs = [f'{k}={v}' for k, v in TINY.items() if k not in ('img_size', 'in_chans', 'num_classes')]
-    run_convert(out.with_suffix('.safetensors'), '--output', out, '--img-size', 28, '--in-chans', 1, '--model', 'vit_ewa',
-                '--model-kwargs', *kwargs)
+    run_convert(out.with_suffix('.safetensors'), '--output', out, '--img-size', 28, '--in-chans', 1, '--model',
+                'vit_ewa', '--model-kwargs', *kwargs)
     assert same_weights(out, model) and config_of(out)['pretrained_cfg']['input_size'] == [1, 28, 28]
 
 

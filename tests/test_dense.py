@@ -1,13 +1,27 @@
+import subprocess
+import sys
 from copy import deepcopy
 
 import pytest
+import timm
 import torch
+from timm.layers import Mlp
 from torch import nn
 
 import ewa
+import gathering_reference
 import reference
+from ewa.dense import METHODS, NEEDS_DATA, group_similar
+from ewa.ffn import read_ffn
 from ewa.moe import moe_layers
-from test_upcycle import HOSTS
+from gated import GLU, foreign, gated, hide, make_equal, permute, scatter, sequences
+from test_upcycle import HOSTS, SWIN
+
+LAYOUTS = {  # the FFNs of timm
+    'Mlp': 'vit_tiny_patch16_224', 'GluMlp': GLU, 'SwiGLUPacked': 'vit_giant_patch14_dinov2',
+    'SwiGLU with norm': 'eva02_base_patch14_224',
+}
+FINE = dict(router='topk', num_experts=8, expert_ratio=.25, num_shared=1, top_k=3)
 
 
 @pytest.mark.parametrize('name, kwargs', [host[:2] for host in HOSTS], ids=[host[0] for host in HOSTS])
@@ -87,3 +101,367 @@ def test_half_precision(tiny, images):
 def test_a_dense_model_is_refused(tiny):
     with pytest.raises(ValueError, match='has no MoE layer: it is dense already'):
         ewa.to_dense(tiny())
+
+
+# gated models, experts as wide as the dense FFN
+
+
+def assert_ffn(ffn, expected, message):
+    actual = reference.ffn_weights(ffn)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name].double(), value, rtol=1e-4, atol=1e-5, msg=f'{message}: {name}')
+
+
+@pytest.mark.parametrize('name', LAYOUTS.values(), ids=LAYOUTS)
+def test_every_method_equals_its_reference_on_random_experts(tiny, images, name):
+    model = gated(tiny(name, mlp_ratio=(12.1 if 'giant' in name else 6.1) / 32), top_k=2)  # 6 hidden units, 4 experts
+    options = {method: [{}] + [{'rescale': True}] * ('rescale' in METHODS[method]) for method in METHODS}
+    options['aligned'] += [dict(reference=2)]
+    options['prune'] += [dict(score='norm')]
+    options['do_acp'] += [dict(lam=0.)]
+    for key, layer in moe_layers(model):
+        tokens = reference.inputs_of(model, layer, [images])
+        seen = reference.usage(tokens, layer.experts, tokens @ layer.router.weight.T, 2)
+        experts = [{k: v.double() for k, v in reference.ffn_weights(e).items()} for e in layer.experts]
+        assert experts[0]['up'].shape[1] == 6
+        acp = [p * seen['second_moment'][e][e] ** .5 for e, p in enumerate(seen['probability'])]
+
+        def expected(method, rescale=False, reference=0, score='usage', lam=None):
+            if method in ('average', 'usage'):
+                return gathering_reference.average(experts, seen['counts'] if method == 'usage' else None)
+            if method == 'aligned':
+                return gathering_reference.aligned(experts, reference)
+            if method == 'prune':
+                return experts[max(range(4), key=seen['counts' if score == 'usage' else 'contribution'].__getitem__)]
+            if method == 'do_acp':
+                moment = torch.tensor(seen['second_moment'], dtype=torch.float64)
+                return experts[gathering_reference.do_acp_select(acp, moment, 1, lam)[0]]
+            return dict(sum=gathering_reference.total, top_kg=gathering_reference.top_kg,
+                        svd_kg=gathering_reference.svd_kg)[method](experts, rescale)
+
+        for method, choices in options.items():
+            for kwargs in choices:
+                vit = ewa.to_dense(model, method, [images], **kwargs)
+                assert_ffn(vit.get_submodule(key), expected(method, **kwargs), (key, method, kwargs))
+
+
+@pytest.mark.parametrize('method, name', [
+    *((method, GLU) for method in METHODS), *(('top_kg', name) for name in LAYOUTS.values() if name != GLU)])
+def test_every_method_makes_the_vanilla_model(tiny, images, tmp_path, method, name):
+    model = gated(tiny(name, depth=2))
+    vit = ewa.to_dense(model, method, [images]).eval()
+    assert repr(vit) == repr(tiny(name, depth=2).eval()) and vit._model_args == tiny(name, depth=2)._model_args
+    ewa.export(vit, tmp_path / 'vit')
+    loaded = timm.create_model(f'local-dir:{tmp_path / "vit"}', pretrained=True).eval()
+    assert type(loaded).__module__.startswith('timm.') and torch.equal(loaded(images), vit(images))
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('vit_tiny_patch16_224', {}), (GLU, {}), ('swin_tiny_patch4_window7_224', SWIN)])
+@pytest.mark.parametrize('top_k', [1, 2])
+def test_average_of_equal_experts_is_the_gated_model(tiny, images, name, kwargs, top_k):
+    model = gated(tiny(name, **kwargs), top_k=top_k)
+    assert not torch.allclose(ewa.to_dense(model)(images), model(images), atol=1e-2)
+    for _, layer in moe_layers(model):
+        make_equal(layer)
+    for method in ('average', 'usage', 'aligned', 'prune', 'do_acp'):
+        torch.testing.assert_close(ewa.to_dense(model, method, [images])(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', GLU])
+def test_aligned_finds_permuted_copies(tiny, images, name):
+    model = gated(tiny(name))
+    for _, layer in moe_layers(model):
+        make_equal(layer, permute)
+    for index in (0, 3):
+        vit = ewa.to_dense(model, 'aligned', reference=index)
+        torch.testing.assert_close(vit(images), model(images), rtol=1e-5, atol=1e-5)
+        for key, layer in moe_layers(model):
+            for mine, expert in zip(vit.get_submodule(key).parameters(), layer.experts[index].parameters()):
+                assert torch.equal(mine, expert)
+    assert not torch.allclose(ewa.to_dense(model)(images), model(images), atol=1e-2)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_one_expert_is_reproduced(method):
+    model = foreign(hidden=(12,), top_k=1)
+    x = sequences()[0]
+    torch.testing.assert_close(ewa.to_dense(model, method, sequences())(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_input_of_methods_with_data_stays_as_it_was(tiny, images):
+    model = gated(tiny()).train()
+    before, text = deepcopy(model.state_dict()), repr(model)
+    with torch.no_grad():
+        for p in ewa.to_dense(model, 'prune', [images]).parameters():
+            p.zero_()
+    assert repr(model) == text and all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_conversion_is_on_record(tiny, images):
+    model = gated(tiny())
+    batches = (images[i:i + 1] for i in range(3))
+    assert ewa.to_dense(model, 'prune', batches, score='norm').conversion == dict(
+        method='prune', score='norm', num_experts=4, layers=['blocks.1.mlp', 'blocks.3.mlp'], router='topk',
+        calibration_tokens=51)
+    assert 'calibration_tokens' not in ewa.to_dense(model, 'average', [images]).conversion
+    assert ewa.to_dense(gated(tiny(), layers='all'), k=2).conversion['k'] == 2
+
+
+# dead experts
+
+
+def test_experts_that_nobody_chooses_get_no_weight(tiny, images):
+    model = gated(tiny(), top_k=1, layers=[1])
+    layer = model.blocks[1].mlp
+    hide(layer, 0)
+    before = {method: ewa.to_dense(model, method, [images]) for method in ('usage', 'prune', 'do_acp')}
+    scatter(layer.experts[0], std=9.)
+    for method, vit in before.items():
+        after = ewa.to_dense(model, method, [images])
+        for a, b in zip(vit.parameters(), after.parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=method)
+    for score in ('usage', 'norm'):
+        kept = ewa.to_dense(model, 'prune', [images], score=score).blocks[1].mlp.fc1.weight
+        assert not torch.equal(kept, layer.experts[0].fc1.weight)
+
+
+def test_a_group_that_nobody_chooses_has_no_share(tiny, images):
+    model = gated(tiny(), layers=[1], top_k=1, **{k: v for k, v in FINE.items() if k not in ('router', 'top_k')})
+    layer = model.blocks[1].mlp
+    make_equal(layer, lambda expert: scatter(expert, std=.01))
+    scatter(layer.experts[5], std=9.)  # far from all others: a group of its own
+    hide(layer, 5)
+    vit = ewa.to_dense(model, 'usage', [images])
+    assert all(torch.isfinite(p).all() for p in vit.parameters())
+    columns = vit.blocks[1].mlp.fc2.weight.split(32, dim=1)
+    assert [bool((column == 0).all()) for column in columns].count(True) == 1
+
+
+# shared and fine-grained experts
+
+
+def zero_router(model):
+    with torch.no_grad():
+        for _, layer in moe_layers(model):
+            layer.router.weight.zero_()
+    return model
+
+
+@pytest.mark.parametrize('method, num_shared, name, pieces', [
+    *((method, 1, 'vit_tiny_patch16_224', 4) for method in METHODS), ('average', 0, 'vit_tiny_patch16_224', 4),
+    ('average', 0, GLU, 5), ('do_acp', 2, GLU, 5), ('average', 1, 'vit_giant_patch14_dinov2', 5)])
+def test_all_experts_at_constant_gates_are_the_model(tiny, images, tmp_path, method, num_shared, name, pieces):
+    model = zero_router(gated(
+        tiny(name, depth=2), layers='all', num_experts=6, top_k=6, num_shared=num_shared, expert_ratio=1 / pieces))
+    vit = ewa.to_dense(model, method, [images], k=6).eval()
+    torch.testing.assert_close(vit(images), model(images), rtol=1e-5, atol=1e-5)
+    hidden = tiny(name).blocks[0].mlp.fc2.in_features // pieces * (6 + num_shared)
+    assert vit.blocks[1].mlp.fc2.in_features == hidden
+    ewa.export(vit, tmp_path / 'vit')
+    loaded = timm.create_model(f'local-dir:{tmp_path / "vit"}', pretrained=True).eval()
+    assert repr(loaded) == repr(vit) and torch.equal(loaded(images), vit(images))
+
+
+def test_another_width_loads_where_ewa_is_not_installed(tiny, images, tmp_path):
+    vit = ewa.to_dense(gated(tiny(depth=2), layers='all', **FINE), k=5).eval()
+    ewa.export(vit, tmp_path / 'vit')
+    torch.save((images, vit(images).detach()), tmp_path / 'expected.pt')
+    script = """if True:
+        import sys
+        sys.modules['ewa'] = None
+        import timm, torch
+        torch.set_num_threads(1)
+        images, logits = torch.load('expected.pt')
+        model = timm.create_model('local-dir:vit', pretrained=True).eval()
+        assert model.blocks[0].mlp.fc1.out_features == 192 and torch.equal(model(images), logits)
+        """
+    done = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('renormalise', [True, False])
+@pytest.mark.parametrize('method, k', [
+    ('average', None), ('usage', None), ('aligned', 2), ('sum', 5), ('prune', None), ('do_acp', 4)])
+def test_ffn_is_the_shared_experts_beside_scaled_routed_ones(tiny, images, method, k, renormalise):
+    model = gated(tiny(mlp_ratio=.75), layers='all', renormalise=renormalise, **FINE)  # 6 hidden units an expert
+    vit = ewa.to_dense(model, method, [images], k=k)
+    for key, layer in moe_layers(model):
+        tokens = reference.inputs_of(model, layer, [images])
+        seen = reference.usage(tokens, layer.experts, tokens @ layer.router.weight.T, 3, renormalise)
+        mass = 1 if renormalise else seen['mass']
+        assert mass < .9 or renormalise
+        experts = [{n: v.double() for n, v in reference.ffn_weights(e).items()} for e in layer.experts]
+        count = k or 3
+        if method == 'prune':
+            groups = [[e] for e in sorted(range(8), key=lambda e: -seen['counts'][e])[:count]]
+        elif method == 'do_acp':
+            acp = [p * seen['second_moment'][e][e] ** .5 for e, p in enumerate(seen['probability'])]
+            moment = torch.tensor(seen['second_moment'], dtype=torch.float64)
+            groups = [[e] for e in gathering_reference.do_acp_select(acp, moment, count)]
+        else:
+            groups = reference.group_similar([
+                torch.cat([value.flatten() for name, value in expert.items() if name != 'down_bias'])
+                for expert in experts], count)
+        expected = sum(expert(tokens).double() for expert in layer.shared)
+        for group in groups:
+            members = [experts[e] for e in group]
+            merged = gathering_reference.average(members)
+            scale = mass * (len(group) / 8 if method in ('average', 'sum', 'aligned') else 1 / count)
+            if method == 'usage':
+                counts = [seen['counts'][e] for e in group]
+                scale = mass * sum(counts) / sum(seen['counts'])
+                merged = gathering_reference.average(members, counts) if sum(counts) else merged
+            elif method == 'sum':
+                merged = gathering_reference.total(members)
+            elif method == 'aligned':
+                merged = gathering_reference.aligned(members)
+            expected = expected + scale * gathering_reference.forward(merged, tokens.double())
+        assert len(groups) == count and vit.get_submodule(key).fc1.out_features == 6 * (count + 1)
+        torch.testing.assert_close(vit.get_submodule(key)(tokens).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('method', ['average', 'sum', 'aligned', 'do_acp'])
+def test_default_number_of_routed_experts_makes_the_vanilla_width(tiny, images, tmp_path, method):
+    model = gated(tiny(), **FINE)
+    vit = ewa.to_dense(model, method, [images])
+    assert repr(vit) == repr(tiny().eval()) and vit._model_args == tiny()._model_args
+    shared = model.blocks[1].mlp.shared[0]
+    assert torch.equal(vit.blocks[1].mlp.fc1.weight[:32], shared.fc1.weight)  # whole and unscaled
+    assert torch.equal(vit.blocks[1].mlp.fc2.weight[:, :32], shared.fc2.weight)
+    ewa.export(vit, tmp_path / 'vit')
+
+
+def test_hosts_that_were_not_made_by_timms_factory(images):
+    host = timm.models.VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10)
+    model = gated(host, layers='all', **FINE)
+    assert ewa.to_dense(model).blocks[0].mlp.fc1.out_features == 128
+    assert ewa.to_dense(model, k=1).blocks[0].mlp.fc1.out_features == 64
+
+
+def test_similar_experts_are_grouped():
+    torch.manual_seed(0)
+    experts = [Mlp(4, 5) for _ in range(7)]
+    ffns = [read_ffn(expert) for expert in experts]
+    vectors = [ffn.units().flatten() for ffn in ffns]
+    for k in range(1, 8):
+        assert group_similar(ffns, k) == reference.group_similar(vectors, k)
+    experts[4].load_state_dict(experts[1].state_dict())
+    experts[6].load_state_dict(experts[3].state_dict())
+    assert group_similar([read_ffn(expert) for expert in experts], 5) == [[0], [1, 4], [2], [3, 6], [5]]
+
+
+# layers that are not ours
+
+
+@pytest.mark.parametrize('shared', [0, 1])
+@pytest.mark.parametrize('method', METHODS)
+def test_layers_that_are_not_ours(method, shared):
+    model = foreign(shared=shared)
+    vit = ewa.to_dense(model, method, sequences(), k=1 if shared else None)
+    assert type(vit.moe) is Mlp and vit.moe.fc1.out_features == 12 * (1 + shared)
+    for expert in model.moe.experts[1:]:
+        expert.load_state_dict(model.moe.experts[0].state_dict())
+    x = sequences()[0]
+    vit = ewa.to_dense(model, method, sequences(), k=1 if shared else None)
+    if method not in ('sum', 'top_kg', 'svd_kg'):  # these count what experts have in common several times
+        torch.testing.assert_close(vit(x), model(x), rtol=1e-5, atol=1e-5)
+    assert type(model.moe).__name__ == 'HandMadeMoE'
+
+
+def test_experts_of_an_unknown_layout_can_be_averaged_only(images):
+    class Linears(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+
+    model = nn.Sequential(Linears())
+    mean = reference.mean([expert.weight.detach() for expert in model[0].experts])
+    torch.testing.assert_close(ewa.to_dense(model)[0].weight.double(), mean, atol=1e-7, rtol=0)
+    with pytest.raises(ValueError, match='0: top_kg can.t read experts of type Linear; use average'):
+        ewa.to_dense(model, 'top_kg')
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_experts_of_unequal_width(method):
+    model = foreign(hidden=(4, 12, 20))
+    if method in ('prune', 'do_acp'):
+        vit = ewa.to_dense(model, method, sequences())
+        (kept,) = [e for e in model.moe.experts if e.fc1.weight.shape == vit.moe.fc1.weight.shape]
+        assert torch.equal(vit.moe.fc1.weight, kept.fc1.weight)
+        assert ewa.to_dense(model, method, sequences(), k=3).moe.fc1.out_features == 36
+    else:
+        for k in (None, 2):
+            with pytest.raises(ValueError, match='moe: Experts .*equal.*; prune and do_acp take'):
+                ewa.to_dense(model, method, sequences(), k=k)
+
+
+# refusals
+
+
+@pytest.mark.parametrize('method', NEEDS_DATA)
+def test_methods_that_need_data_refuse_without(tiny, method):
+    with pytest.raises(ValueError, match=f'{method} needs calibration images.*batches.*--data-dir'):
+        ewa.to_dense(gated(tiny()), method)
+    with pytest.raises(ValueError, match='has no batches'):
+        ewa.to_dense(gated(tiny()), method, [])
+
+
+def test_raw_gates_of_shared_or_fine_grained_experts_need_data(tiny, images):
+    model = gated(tiny(), renormalise=False, **FINE)
+    with pytest.raises(ValueError, match='needs calibration images'):
+        ewa.to_dense(model)
+    assert ewa.to_dense(model, batches=[images]).conversion['calibration_tokens'] == 51
+
+
+@pytest.mark.parametrize('method, where', [
+    *((method, 'experts.2.fc1.weight') for method in METHODS), ('average', 'shared.0.fc2.bias'),
+    ('do_acp', 'router.weight')])
+def test_weights_that_are_not_finite_are_refused_by_name(tiny, images, method, where):
+    model = gated(tiny(), **FINE)
+    with torch.no_grad():
+        model.blocks[3].mlp.get_parameter(where).view(-1)[3] = float('nan')
+    with pytest.raises(ValueError, match=f'blocks.3.mlp: {where} is not finite'):
+        ewa.to_dense(model, method, [images])
+
+
+@pytest.mark.parametrize('method', NEEDS_DATA)
+def test_a_random_partition_has_no_usage_to_go_by(tiny, images, method):
+    with pytest.raises(ValueError, match=f'{method} chooses experts by how they are used.*use average'):
+        ewa.to_dense(ewa.to_moe(tiny()), method, [images])
+
+
+@pytest.mark.parametrize('arguments, words', [
+    (dict(method='mean'), 'method must be one of average, sum, .*got .mean.'),
+    (dict(method='average', rescale=True), 'average has no option .rescale.; it has: k'),
+    (dict(method='prune', score='size'), 'blocks.1.mlp: score must be .usage. or .norm., got .size.'),
+    (dict(method='aligned', reference=4), r'blocks.1.mlp: reference must be an expert index in \[0, 4\), got 4'),
+    (dict(k=0), 'blocks.1.mlp: 0 routed experts .*between 1 and 4'),
+    (dict(method='prune', k=5), 'blocks.1.mlp: 5 routed experts .*between 1 and 4'),
+    (dict(k=2), 'blocks.1.mlp would get another hidden width than blocks.0.mlp, and no timm .*layers="all"'),
+])
+def test_mistakes_are_refused(tiny, images, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        ewa.to_dense(gated(tiny()), batches=[images], **arguments)
+
+
+def test_more_shared_experts_than_the_vanilla_width_holds(tiny):
+    model = gated(tiny(), num_shared=1)
+    with pytest.raises(ValueError, match='0 routed experts can.t be kept of 4, beside 1 shared .*give k'):
+        ewa.to_dense(model)
+
+
+def test_a_width_that_the_architecture_has_no_name_for_is_refused(tiny):
+    name = 'vit_small_plus_patch16_dinov3'  # its SwiGLU rounds the hidden width to a multiple of 8
+    model = gated(tiny(name, depth=2, mlp_ratio=1), layers='all', num_experts=8, expert_ratio=1 / 8)
+    with pytest.raises(ValueError, match=f'blocks.0.mlp would have 20 hidden units, and {name} has no mlp_ratio'):
+        ewa.to_dense(model, k=5)
+    assert ewa.to_dense(model, k=6)._model_args['mlp_ratio'] == 24 / 32
+
+
+def test_a_norm_over_hidden_units_is_refused_where_ffns_are_put_side_by_side(tiny, images):
+    model = gated(tiny('eva02_base_patch14_224'), layers='all')
+    with pytest.raises(ValueError, match='blocks.0.mlp: 2 FFNs with a norm over the hidden units can.*Use average'):
+        ewa.to_dense(model, 'prune', [images], k=2)

@@ -1,0 +1,221 @@
+import math
+from copy import deepcopy
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import ewa
+import reference
+from ewa.diagnostics import advise, cosines, distances_to_mean, usage_figure, write_report
+from ewa.moe import moe_layers
+from gated import GLU, foreign, gated, hide, make_equal, permute, scatter, sequences
+
+
+def unit_vector(expert):
+    """What the cosines are of: weights and biases, but neither the output bias nor a norm."""
+    state = expert.state_dict()
+    return torch.cat([state[key].flatten().double() for key in state if key.startswith('fc1') or key == 'fc2.weight'])
+
+
+def mean_over_pairs(values):
+    pairs = [values[i][j] for i in range(len(values)) for j in range(len(values)) if i != j]
+    return sum(pairs) / len(pairs)
+
+
+@pytest.mark.parametrize('router', ['random', 'topk'])
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', GLU, 'eva02_base_patch14_224'])
+def test_distance_and_cosine_by_hand(tiny, name, router):
+    model = gated(tiny(name), router=router, num_experts=3)
+    records = ewa.diagnose(model)
+    assert [record['layer'] for record in records] == ['blocks.1.mlp', 'blocks.3.mlp']
+    for record in records:
+        layer = model.get_submodule(record['layer'])
+        assert record['router'] == router and record['num_experts'] == 3
+        assert ('change' in record) == (router == 'random')  # the rest depends on data
+        vectors = [torch.cat([p.detach().flatten().double() for p in e.parameters()]) for e in layer.experts]
+        mean = sum(vectors) / 3
+        distance = math.sqrt(sum((v - mean).square().sum().item() for v in vectors) / 3) / mean.norm().item()
+        assert record['distance'] == pytest.approx(distance, rel=1e-5)
+        assert distances_to_mean(model)[record['layer']] == record['distance']
+        expected = [[reference.cosine(unit_vector(a), unit_vector(b)) for b in layer.experts] for a in layer.experts]
+        torch.testing.assert_close(torch.tensor(record['similarity']), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+        assert record['cosine'] == pytest.approx(mean_over_pairs(expected), abs=1e-5)
+
+
+def test_equal_and_independent_experts(tiny):
+    for record in ewa.diagnose(ewa.to_moe(tiny(), init='copy')):
+        assert record['distance'] == 0 and record['change'] == 0
+        assert record['cosine'] == pytest.approx(1) and record['cosine_aligned'] == pytest.approx(1)
+    for record in ewa.diagnose(gated(tiny(), num_experts=5)):
+        assert record['distance'] == pytest.approx(2, abs=.1) and abs(record['cosine']) < .1
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', GLU])
+def test_permuted_copies_have_an_aligned_cosine_of_one(tiny, name):
+    model = gated(tiny(name))
+    for _, layer in moe_layers(model):
+        make_equal(layer, permute)
+    for record in ewa.diagnose(model):
+        assert record['cosine'] < .5 and record['cosine_aligned'] == pytest.approx(1, abs=1e-5)
+    assert torch.allclose(cosines(model.blocks[1].mlp, align=True), torch.ones(4, 4))
+
+
+def test_usage_by_hand(tiny, images):
+    model = gated(tiny(), top_k=1)
+    hide(model.blocks[1].mlp, 2)
+    seen = {}
+    handles = [layer.register_forward_hook(lambda layer, args, out, name=name: seen.update({name: layer.counts}))
+               for name, layer in moe_layers(model)]
+    model(images)
+    [handle.remove() for handle in handles]
+    for record in ewa.diagnose(model, [images[:2], images[2:]]):
+        counts = seen[record['layer']].tolist()
+        shares = [n / sum(counts) for n in counts]
+        assert record['tokens'] == 51 and record['usage'] == pytest.approx(shares)
+        assert record['entropy'] == pytest.approx(-sum(p * math.log(p) for p in shares if p) / math.log(4))
+        assert record['dead'] == [e for e, n in enumerate(counts) if n == 0]
+        assert 2 in record['dead'] or record['layer'] != 'blocks.1.mlp'
+
+
+def test_entropy_is_one_when_experts_are_used_alike(tiny, images):
+    model = gated(tiny(), top_k=4)
+    assert all(record['entropy'] == pytest.approx(1) and not record['dead'] for record in ewa.diagnose(model, [images]))
+
+
+@pytest.mark.parametrize('num_shared', [0, 1])
+@pytest.mark.parametrize('renormalise', [True, False])
+def test_change_is_what_conversion_does_to_the_routed_output(tiny, images, renormalise, num_shared):
+    model = gated(tiny(), num_shared=num_shared, renormalise=renormalise)
+    seen = {}
+    handles = [layer.register_forward_hook(lambda layer, args, out, name=name: seen.update({name: (args[0], out)}))
+               for name, layer in moe_layers(model)]
+    model(images)
+    [handle.remove() for handle in handles]
+    for record in ewa.diagnose(model, [images]):
+        layer = model.get_submodule(record['layer'])
+        x, y = seen[record['layer']]
+        y = y - sum(expert(x) for expert in getattr(layer, 'shared', ()))
+        after = reference.fused(layer.experts)(x)
+        assert record['change'] == pytest.approx(((after - y).norm() / y.norm()).item(), rel=1e-4)
+        assert record['change'] > .1
+    for _, layer in moe_layers(model):
+        make_equal(layer)
+    if renormalise:
+        assert all(record['change'] < 1e-5 for record in ewa.diagnose(model, [images]))
+
+
+def test_layers_that_are_not_ours():
+    (record,) = ewa.diagnose(foreign(), sequences())
+    assert record['layer'] == 'moe' and record['tokens'] == 42 and sum(record['usage']) == pytest.approx(1)
+
+    class Linears(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+
+    (record,) = ewa.diagnose(nn.Sequential(Linears()))  # no hidden units that are known
+    assert record['distance'] > 0 and not {'cosine', 'similarity', 'usage'} & set(record)
+
+
+def test_experts_of_unequal_width_have_no_mean():
+    (record,) = records = ewa.diagnose(foreign(hidden=(4, 12, 20)), sequences())
+    assert set(record) == {'layer', 'router', 'num_experts', 'tokens', 'usage', 'entropy', 'dead'}
+    assert advise(records) == [] and distances_to_mean(foreign(hidden=(4, 12))) == {}
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_the_model_stays_as_it_was(tiny, images, training):
+    model = gated(tiny(proj_drop_rate=.5)).train(training)
+    before, random = deepcopy(model.state_dict()), torch.get_rng_state()
+    records = ewa.diagnose(model, [images])
+    assert all(module.training == training for module in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert records == ewa.diagnose(model.train(not training), [images])
+
+
+def test_a_dense_model_has_nothing_to_diagnose(tiny, images, tmp_path):
+    assert ewa.diagnose(tiny(), [images]) == []
+    write_report([], tmp_path, 'nothing')
+    assert [path.name for path in tmp_path.iterdir()] == ['report.md']
+
+
+class TestAdvice:
+    def test_names_alignment_for_permuted_copies(self, tiny):
+        model = gated(tiny())
+        for _, layer in moe_layers(model):
+            make_equal(layer, permute)
+            for expert in layer.experts:  # without the part that no permutation moves
+                expert.fc1.bias.data.zero_(), expert.fc2.bias.data.zero_()
+        first, second = advise(ewa.diagnose(model))
+        assert 'blocks.1.mlp: the experts are nearly orthogonal' in first and 'Try aligned.' in first
+        assert second.startswith('blocks.3.mlp')
+
+    def test_names_selection_for_unrelated_experts(self, tiny):
+        for align in (True, False):
+            for line in advise(ewa.diagnose(gated(tiny()), align=align)):
+                assert 'nearly orthogonal' in line and line.endswith('Try prune or do_acp.')
+            assert line
+
+    def test_is_silent_on_similar_experts_and_on_random_partitions(self, tiny):
+        model = gated(tiny())
+        for _, layer in moe_layers(model):
+            make_equal(layer, lambda expert: scatter(expert, std=.01))
+        assert advise(ewa.diagnose(model)) == []
+        assert advise(ewa.diagnose(gated(tiny(), router='random'))) == []
+
+    def test_names_dead_experts(self, tiny, images):
+        model = gated(tiny(), layers=[1], top_k=1)
+        make_equal(model.blocks[1].mlp)
+        hide(model.blocks[1].mlp, 3)
+        (line,) = advise(ewa.diagnose(model, [images]))
+        assert line.startswith('blocks.1.mlp: no calibration token') and '3]' in line
+
+
+class TestReport:
+    @pytest.fixture
+    def records(self, tiny, images):
+        model = gated(tiny(), top_k=1, layers=[1, 3])
+        hide(model.blocks[1].mlp, 2)
+        return ewa.diagnose(model, [images])
+
+    def test_page_has_every_number_and_warning(self, records, tmp_path):
+        write_report(records, tmp_path / 'new' / 'report', 'Experts of x')
+        lines = (tmp_path / 'new' / 'report' / 'report.md').read_text().splitlines()
+        assert lines[0] == '# Experts of x'
+        table = [line.strip('|').split('|') for line in lines if line[:1] == '|']
+        header, rule, *rows = [[cell.strip() for cell in line] for line in table]
+        assert len(rows) == 2 and set(rule) == {'---'}
+        for record, row in zip(records, rows):
+            cells = dict(zip(header, row))
+            for name in ('distance', 'cosine', 'cosine_aligned', 'entropy', 'change'):
+                assert cells[name] == f'{record[name]:.4f}'
+            assert cells['layer'] == record['layer'] and cells['dead'] == str(record['dead'])
+        assert all(f'- {warning}' in lines for warning in advise(records)) and advise(records)
+
+    def test_figures_are_png_that_the_page_shows(self, records, tmp_path):
+        write_report(records, tmp_path, 'x')
+        page = (tmp_path / 'report.md').read_text()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ['report.md', 'similarity.png', 'usage.png']
+        for name in ('similarity', 'usage'):
+            assert f'![{name}]({name}.png)' in page
+            with Image.open(tmp_path / f'{name}.png') as image:
+                assert image.format == 'PNG' and min(image.size) > 100
+                assert len(image.convert('RGB').resize((64, 64)).getcolors(4096)) > 8
+
+    def test_without_data_it_has_no_usage(self, tiny, tmp_path):
+        records = ewa.diagnose(ewa.to_moe(tiny()))
+        assert usage_figure(records) is None
+        write_report(records, tmp_path, 'x')
+        assert sorted(path.name for path in tmp_path.iterdir()) == ['report.md', 'similarity.png']
+        assert 'entropy |' not in (tmp_path / 'report.md').read_text()
+
+    def test_layers_of_unequal_numbers_of_experts(self, records, tmp_path):
+        more = ewa.diagnose(foreign(), sequences()) + ewa.diagnose(foreign(hidden=(4, 12)), sequences())
+        write_report(records + more, tmp_path, 'x')
+        figure = usage_figure(records + more)
+        shown = figure.axes[0].images[0].get_array()
+        assert shown.shape == (4, 4) and shown[3, :2].tolist() == pytest.approx(more[1]['usage'])
