@@ -46,12 +46,14 @@ def load_source(args):
     if source.is_dir():
         inside = [name for name in ('best', 'last') if (source / name / 'config.json').is_file()]
         raise ValueError(f'{source} is neither a model folder nor a checkpoint folder'
-                         + (f'; did you mean {source / inside[0]}?' if inside else ': it has no config.json or state.json.'))
+                         + (f'; did you mean {source / inside[0]}?' if inside else
+                            ': it has no config.json or state.json.'))
     if not source.is_file():
         raise ValueError(f'{source} does not exist.')
 
     if not args.model:
-        raise ValueError(f'{source} is a bare file of weights: name their architecture with --model, e.g. vit_small_ewa.')
+        raise ValueError(
+            f'{source} is a bare file of weights: name their architecture with --model, e.g. vit_small_ewa.')
     if not timm.is_model(args.model.split('.')[0]):
         raise ValueError(f'--model {args.model} is not a model.')
     try:
@@ -78,7 +80,8 @@ def load_source(args):
         return timm.create_model(args.model, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs), {}
     except (RuntimeError, ValueError, TypeError) as e:
         raise ValueError(
-            f'{source} can\'t be loaded into {args.model} with --model-kwargs {args.model_kwargs}: {str(e)[:300]}') from e
+            f'{source} can\'t be loaded into {args.model} with --model-kwargs {args.model_kwargs}: '
+            f'{str(e)[:300]}') from e
 
 
 @torch.no_grad()
@@ -126,7 +129,8 @@ def main(argv=None):
             batches = eval_loader(images, args, data_config)
             if gated:
                 # methods may look at training images only: the others measure what came out
-                training = open_dataset(args, args.train_split, is_training=False, in_chans=data_config['input_size'][0])
+                training = open_dataset(
+                    args, args.train_split, is_training=False, in_chans=data_config['input_size'][0])
                 calibration = calibration_batches(training, args, data_config)
         model = model.to(device)
         methods = [args.method] if args.method != 'all' else [
@@ -168,8 +172,8 @@ def main(argv=None):
             print(f'  (calibration: {max(tokens)} tokens a layer from training images)')
         if args.method == 'all':
             best = max(scores, key=scores.get)
-            print(f'Recommended: {best}, the highest top-1 right after gathering. It is what is written now; distillation '
-                  f'(train.py --teacher) can change the order.')
+            print(f'Recommended: {best}, the highest top-1 right after gathering. It is what is written now; '
+                  f'distillation (train.py --teacher) can change the order.')
     try:
         ewa.export(
             dense[best].cpu(), output, known.get('class_names'), data_config,
@@ -179,8 +183,10 @@ def main(argv=None):
     except (ValueError, RuntimeError, OSError) as e:
         parser.error(e)
     count = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, dense[best])]
-    print(f'{count[0]:.2f} M parameters before, {count[1]:.2f} M after: a plain {dense[best].pretrained_cfg["architecture"]}')
-    print(f'{output}: loaded strictly, same outputs' + f'; {output / "model.onnx"}: checked with onnxruntime' * args.onnx)
+    architecture = dense[best].pretrained_cfg['architecture']
+    print(f'{count[0]:.2f} M parameters before, {count[1]:.2f} M after: a plain {architecture}')
+    print(f'{output}: loaded strictly, same outputs'
+          + f'; {output / "model.onnx"}: checked with onnxruntime' * args.onnx)
     if args.report:
         print(f'Report: {Path(args.report) / "report.md"}')
     print(f"Load it with:  timm.create_model('local-dir:{output}', pretrained=True)")

@@ -6,7 +6,8 @@
     accelerate launch --num_machines 2 --num_processes 16 train.py -c configs/imagenet_vit_small_ewa.yaml
 
 Writes under OUTPUT/EXPERIMENT: args.yaml, summary.csv, TensorBoard events, checkpoints/, and the model
-folders last/ and best/. These hold the MoE; `python convert.py OUTPUT/EXPERIMENT/best --output DIR` makes the plain ViT.
+folders last/ and best/. These hold the MoE; `python convert.py OUTPUT/EXPERIMENT/best --output DIR` makes the plain
+ViT.
 """
 import json
 import logging
@@ -124,8 +125,8 @@ def main(argv=None):
         updates_per_epoch = math.ceil(batches_per_epoch / args.grad_accum_steps)
         if iterable and batches_per_epoch % args.grad_accum_steps:  # only of others accelerate sees the end coming
             raise ValueError(
-                f'An epoch of {batches_per_epoch} batches is no multiple of --grad-accum-steps {args.grad_accum_steps}: '
-                f'give another --train-num-samples.')
+                f'An epoch of {batches_per_epoch} batches is no multiple of --grad-accum-steps '
+                f'{args.grad_accum_steps}: give another --train-num-samples.')
         scheduler, epochs = create_scheduler_v2(
             optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
 
@@ -207,7 +208,8 @@ def main(argv=None):
         board.add_text('arguments', f'```\n{yaml.safe_dump(resolved)}\n```')
         device_name = torch.cuda.get_device_name() if accelerator.device.type == 'cuda' else accelerator.device.type
         moe = list(moe_layers(model))
-        experts = f'{len(moe[0][1].experts)} experts in {len(moe)} FFNs, share rate {args.share_rate:g}' if moe else 'dense'
+        experts = 'dense' if not moe else (
+            f'{len(moe[0][1].experts)} experts in {len(moe)} FFNs, share rate {args.share_rate:g}')
         say(f'{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {experts}. '
             f'{len(train_set) if not iterable else "?"} training and '
             f'{len(val_set) if not isinstance(val_set, IterableDataset) else "?"} validation images of '
@@ -270,7 +272,8 @@ def main(argv=None):
                     loss = task(images, target)['loss'] if task is not None else criterion(model(images), target)
                     routing = ewa.routing_losses(plain_model)
                     if routing:
-                        loss = loss + args.balance_loss_weight * routing['load_balance'] + args.z_loss_weight * routing['z']
+                        loss = loss + args.balance_loss_weight * routing['load_balance']
+                        loss = loss + args.z_loss_weight * routing['z']
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and args.clip_grad is not None:
                     clip = accelerator.clip_grad_norm_ if args.clip_mode == 'norm' else accelerator.clip_grad_value_
@@ -292,7 +295,7 @@ def main(argv=None):
             if update % args.log_interval == 0 or update % updates_per_epoch == 0:
                 mean_loss = accelerator.reduce(loss_sum, reduction='mean').item() / loss_count
                 if not math.isfinite(mean_loss):
-                    accelerator.print(f'The training loss is {mean_loss} in epoch {epoch + 1}: stopping.', file=sys.stderr)
+                    say(f'The training loss is {mean_loss} in epoch {epoch + 1}: stopping.')
                     sys.exit(1)
                 speed = images_seen / (time.time() - started)
                 if main_process:
@@ -303,7 +306,8 @@ def main(argv=None):
                         'train/images_per_second': speed, 'train/epoch': epoch + 1, **rate, **aux}
                     for key, scalar in scalars.items():
                         board.add_scalar(key, scalar, update)
-                    bar.set_postfix_str(f'loss {mean_loss:.3f}, top-1 {metrics.get("top1", 0):.1f}, {speed:.0f} images/s')
+                    top1 = metrics.get('top1', math.nan)
+                    bar.set_postfix_str(f'loss {mean_loss:.3f}, top-1 {top1:.1f}, {speed:.0f} images/s')
                     if not interactive and update % updates_per_epoch:
                         say(f'epoch {epoch + 1}/{epochs} update {update} loss {mean_loss:.4f} {speed:.0f} images/s')
         if not args.sched_on_updates:
@@ -350,14 +354,17 @@ def main(argv=None):
                 write_folder(
                     plain_model, experiment / folder, names, data_config, provenance, ema_state, overwrite=True,
                     verify=False)
-            spread = f', experts {sum(r["distance"] for r in records) / len(records):.2g} from their mean' if records else ''
+            spread = '' if not records else (
+                f', experts {sum(r["distance"] for r in records) / len(records):.2g} from their mean')
             ema_top1 = f', EMA {metrics["ema_top1"]:.2f}' if 'ema_top1' in metrics else ''
-            say(f'epoch {epoch + 1}/{epochs}: loss {mean_loss:.4f}, validation loss {metrics.get("loss", math.nan):.4f}, '
-                f'top-1 {metrics.get("top1", math.nan):.2f}{ema_top1}, {speed:.0f} images/s{spread}')
+            say(f'epoch {epoch + 1}/{epochs}: loss {mean_loss:.4f}, '
+                f'validation loss {metrics.get("loss", math.nan):.4f}, top-1 {metrics.get("top1", math.nan):.2f}'
+                f'{ema_top1}, {speed:.0f} images/s{spread}')
         ckpt.save_checkpoint(
             accelerator, experiment, update,
-            dict(epoch=epoch + 1, batch=0, best=best, model=identity, flags=flags, class_names=names, data_config=data_config,
-                 provenance=provenance, **spent, averager=averager.state_dict() if averager is not None else None),
+            dict(epoch=epoch + 1, batch=0, best=best, model=identity, flags=flags, class_names=names,
+                 data_config=data_config, provenance=provenance, **spent,
+                 averager=averager.state_dict() if averager is not None else None),
             ema_state, args.checkpoint_hist)
 
     bar.close()
@@ -365,8 +372,8 @@ def main(argv=None):
         board.close()
         if task is not None:
             kept = '' if args.dense_top1 is None else (
-                f', {100 * benefit_kept(metrics["top1"], args.dense_top1, args.teacher_top1):.1f} % of the benefit of the '
-                f'teacher ({args.teacher_top1:.2f}) over a dense model ({args.dense_top1:.2f}) kept')
+                f', {100 * benefit_kept(metrics["top1"], args.dense_top1, args.teacher_top1):.1f} % of the benefit of '
+                f'the teacher ({args.teacher_top1:.2f}) over a dense model ({args.dense_top1:.2f}) kept')
             say(f'Distilled with {state["images"]} images, {state["pflops"]:.3g} PFLOP, {state["seconds"]:.0f} s: '
                 f'top-1 {metrics["top1"]:.2f}{kept}.')
         say(f'Best {args.eval_metric}: {best["value"]:.2f} in epoch {best["epoch"]}.')

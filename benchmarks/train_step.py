@@ -91,9 +91,10 @@ def main() -> None:
             times[name].append(timed(step))
             pull_times[name].append(timed(pulls[name]))
 
+    name = torch.cuda.get_device_name() if device.type == 'cuda' else platform.processor() or platform.machine()
     print(f'{args.model}, batch {args.batch_size}, {"bfloat16 autocast" if args.amp else "float32"}'
-          f'{", compiled" * args.compile}; {torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()}, '
-          f'{args.threads} CPU thread(s), torch {torch.__version__}; median of {args.rounds} rounds\n')
+          f'{", compiled" * args.compile}; '
+          f'{name}, {args.threads} CPU thread(s), torch {torch.__version__}; median of {args.rounds} rounds\n')
     print('| variant | parameters (M) | step | of it the pull |' + (' activations (MiB) |' if peak else ''))
     print('|---|---|---|---|' + '---|' * bool(peak))
     for name in steps:

@@ -53,7 +53,7 @@ def open_dataset(args: argparse.Namespace, split: str, is_training: bool, in_cha
             download=args.dataset_download, batch_size=args.batch_size, seed=getattr(args, 'seed', 42),
             num_samples=args.train_num_samples if is_training else args.val_num_samples, **options)
     except (RuntimeError, AssertionError, OSError, ValueError, ImportError, KeyError) as e:
-        where = f'--dataset {args.dataset}, --data-dir {args.data_dir}' if args.dataset else f'--data-dir {args.data_dir}'
+        where = f'--dataset {args.dataset}, ' * bool(args.dataset) + f'--data-dir {args.data_dir}'
         raise ValueError(f'The split {split} of {where} can\'t be read: {e or type(e).__name__}') from e
     if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
         raise ValueError(f'The split {split} of --data-dir {args.data_dir} has no images.')
@@ -96,7 +96,8 @@ def check_classes(train: Dataset, val: Dataset, num_classes: Optional[int]) -> i
         return num_classes
     if num_classes is not None and num_classes != len(names):
         raise ValueError(
-            f'The data has {len(names)} classes, --num-classes says {num_classes}. Leave the flag out to use the data\'s.')
+            f'The data has {len(names)} classes, --num-classes says {num_classes}. Leave the flag out to use the '
+            f'data\'s.')
     return len(names)
 
 

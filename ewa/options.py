@@ -97,11 +97,15 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--data-dir', metavar='DIR', help='root of the data set')
     group.add_argument('--dataset', metavar='NAME', default='',
                        help='"<type>/<name>" for torch/, hfds/, wds/, tfds/; empty: folders or tars of images')
-    group.add_argument('--train-split', metavar='NAME', default='train', help='training split: a folder or .tar, or its name')
+    group.add_argument('--train-split', metavar='NAME', default='train',
+                       help='training split: a folder or .tar, or its name')
     group.add_argument('--val-split', metavar='NAME', default='validation', help='validation split, likewise')
-    group.add_argument('--train-num-samples', type=int, metavar='N', help='size of the training split of an iterable data set')
-    group.add_argument('--val-num-samples', type=int, metavar='N', help='size of the validation split of an iterable data set')
-    group.add_argument('--dataset-download', action='store_true', help='allow torch/ and tfds/ data sets to be downloaded')
+    group.add_argument('--train-num-samples', type=int, metavar='N',
+                       help='size of the training split of an iterable data set')
+    group.add_argument('--val-num-samples', type=int, metavar='N',
+                       help='size of the validation split of an iterable data set')
+    group.add_argument('--dataset-download', action='store_true',
+                       help='allow torch/ and tfds/ data sets to be downloaded')
     group.add_argument('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
     group.add_argument('--input-img-mode', metavar='MODE', help='PIL mode of images; default by --in-chans: RGB or L')
     group.add_argument('--input-key', help='key of images in hfds/, wds/ data sets')
@@ -110,10 +114,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--in-chans', type=_count, metavar='N', help='input channels; default: 3')
     group.add_argument('--crop-pct', type=float, metavar='N', help='centre crop of validation images')
     group.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='pixel mean; default: the model\'s')
-    group.add_argument('--std', type=float, nargs='+', metavar='STD', help='pixel standard deviation; default: the model\'s')
+    group.add_argument('--std', type=float, nargs='+', metavar='STD',
+                       help='pixel standard deviation; default: the model\'s')
     group.add_argument('--interpolation', default='', choices=('', *INTERPOLATIONS), metavar='NAME',
                        help='resize interpolation; default: the model\'s')
-    group.add_argument('-b', '--batch-size', type=_count, default=128, metavar='N', help='images a process and micro-batch')
+    group.add_argument('-b', '--batch-size', type=_count, default=128, metavar='N',
+                       help='images a process and micro-batch')
     group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='data loading processes')
 
 
@@ -145,7 +151,8 @@ def train_parser() -> Parser:
     group.add_argument('--router', choices=('random', 'topk'), help='random partition (EWA) or gated')
     group.add_argument('--top-k', type=int, metavar='K', help='gated: experts a token')
     group.add_argument('--num-shared', type=int, metavar='N', help='gated: experts that see every token')
-    group.add_argument('--expert-ratio', type=float, metavar='R', help='gated: 1/m, hidden width of an expert over the FFN\'s')
+    group.add_argument('--expert-ratio', type=float, metavar='R',
+                       help='gated: 1/m, hidden width of an expert over the FFN\'s')
     group.add_argument('--share-rate', type=float, metavar='R',
                        help='pull of the experts toward their mean after each update, 0 to (E-1)/E; '
                             'default: 1e-3 for random partition, 0 for gated')
@@ -154,13 +161,16 @@ def train_parser() -> Parser:
                        help='epochs until a linear or cosine share rate is full; default: all')
     group.add_argument('--share-every', type=_count, default=1, metavar='N', help='pull at every n-th update')
     group.add_argument('--share-stop-epoch', type=float, metavar='N', help='stop pulling after this many epochs')
-    group.add_argument('--balance-loss-weight', type=float, default=0.01, metavar='W', help='gated: load-balancing loss')
+    group.add_argument('--balance-loss-weight', type=float, default=0.01, metavar='W',
+                       help='gated: load-balancing loss')
     group.add_argument('--z-loss-weight', type=float, default=0.001, metavar='W', help='gated: router z-loss')
 
     group = parser.add_argument_group('Distillation')
-    group.add_argument('--teacher', metavar='NAME', help='distil from this model: local-dir:DIR or a pretrained timm name')
+    group.add_argument('--teacher', metavar='NAME',
+                       help='distil from this model: local-dir:DIR or a pretrained timm name')
     group.add_argument('--kd-temperature', type=float, default=4.0, metavar='T', help='temperature of both softmaxes')
-    group.add_argument('--distill-loss-weight', type=float, metavar='W', help='weight of the KL term (1 if neither is given)')
+    group.add_argument('--distill-loss-weight', type=float, metavar='W',
+                       help='weight of the KL term (1 if neither is given)')
     group.add_argument('--task-loss-weight', type=float, metavar='W',
                        help='weight of the label loss; alone, the KL term gets the rest to 1')
     group.add_argument('--teacher-top1', type=float, metavar='PCT', help='accuracy of the teacher; default: measured')
@@ -174,7 +184,8 @@ def train_parser() -> Parser:
     group.add_argument('--momentum', type=float, default=0.9, metavar='M', help='momentum where there is one')
     group.add_argument('--weight-decay', type=float, default=0.05, metavar='W', help='weight decay')
     group.add_argument('--clip-grad', type=float, metavar='NORM', help='clip gradients')
-    group.add_argument('--clip-mode', choices=('norm', 'value'), default='norm', help='clip the global norm or each value')
+    group.add_argument('--clip-mode', choices=('norm', 'value'), default='norm',
+                       help='clip the global norm or each value')
     group.add_argument('--layer-decay', type=float, metavar='D', help='layer-wise learning rate decay')
     group.add_argument('--layer-decay-min-scale', type=float, default=0., metavar='S', help='its lowest scale')
     group.add_argument('--opt-kwargs', nargs='*', default={}, action=_KeyValues, metavar='KEY=VALUE')
@@ -185,7 +196,8 @@ def train_parser() -> Parser:
                        choices=('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant'))
     group.add_argument('--sched-on-updates', action='store_true', help='step the schedule at each update, not epoch')
     group.add_argument('--lr', type=float, metavar='LR', help='learning rate; default: from --lr-base')
-    group.add_argument('--lr-base', type=float, default=5e-4, metavar='LR', help='learning rate at a batch of --lr-base-size')
+    group.add_argument('--lr-base', type=float, default=5e-4, metavar='LR',
+                       help='learning rate at a batch of --lr-base-size')
     group.add_argument('--lr-base-size', type=int, default=512, metavar='N', help='images an update')
     group.add_argument('--lr-base-scale', choices=('', 'linear', 'sqrt'), default='',
                        help='scaling with the batch; empty: sqrt for adaptive optimizers, else linear')
@@ -203,7 +215,8 @@ def train_parser() -> Parser:
     group.add_argument('--no-aug', action='store_true', help='no training augmentation at all')
     group.add_argument('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'), help='default: rrc')
     group.add_argument('--scale', type=float, nargs=2, default=[0.08, 1.0], metavar='PCT', help='area of random crops')
-    group.add_argument('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], metavar='R', help='aspect of random crops')
+    group.add_argument('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], metavar='R',
+                       help='aspect of random crops')
     group.add_argument('--hflip', type=float, default=0.5, metavar='P')
     group.add_argument('--vflip', type=float, default=0., metavar='P')
     group.add_argument('--color-jitter', type=float, default=0.4, metavar='F')
@@ -221,7 +234,8 @@ def train_parser() -> Parser:
     group.add_argument('--mixup-prob', type=float, default=1., metavar='P')
     group.add_argument('--mixup-switch-prob', type=float, default=0.5, metavar='P')
     group.add_argument('--mixup-mode', choices=('batch', 'pair', 'elem'), default='batch')
-    group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixup from this epoch on; 0: never')
+    group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N',
+                       help='no mixup from this epoch on; 0: never')
     group.add_argument('--smoothing', type=float, default=0.1, metavar='S', help='label smoothing')
     group.add_argument('--bce-loss', action='store_true', help='binary cross-entropy')
     group.add_argument('--bce-sum', action='store_true', help='sum it over classes')
@@ -243,7 +257,8 @@ def train_parser() -> Parser:
     group.add_argument('--log-interval', type=_count, default=50, metavar='N', help='updates between log entries')
     group.add_argument('--val-interval', type=_count, default=1, metavar='N', help='epochs between validations')
     group.add_argument('--checkpoint-hist', type=_count, default=2, metavar='N', help='checkpoints to keep')
-    group.add_argument('--eval-metric', choices=('top1', 'top5', 'loss'), default='top1', help='what best/ is chosen by')
+    group.add_argument('--eval-metric', choices=('top1', 'top5', 'loss'), default='top1',
+                       help='what best/ is chosen by')
     group.add_argument('--output', default='output', metavar='DIR', help='parent of all experiments')
     group.add_argument('--experiment', default='', metavar='NAME', help='folder of this run; default: time and model')
     group.add_argument('--resume', action='store_true', help='go on from the newest whole checkpoint of the experiment')
@@ -252,14 +267,17 @@ def train_parser() -> Parser:
 
 def convert_parser() -> Parser:
     """The options of `convert.py`."""
-    parser = Parser(prog='convert.py', description='Turn a MoE model into a dense one and export it as a vanilla timm folder.')
+    parser = Parser(prog='convert.py',
+                    description='Turn a MoE model into a dense one and export it as a vanilla timm folder.')
     parser.add_argument('source', metavar='SRC', help='model folder, checkpoint folder, or .safetensors / .pth file')
     parser.add_argument('--output', required=True, metavar='DIR', help='folder to make')
     parser.add_argument('--overwrite', action='store_true', help='replace DIR if it exists')
     parser.add_argument('--method', default='average', choices=(*METHODS, 'all'), metavar='NAME',
                         help=f'how experts become one FFN: {", ".join(METHODS)}; all compares them and writes the best')
-    parser.add_argument('--k', type=int, metavar='N', help='routed experts kept; default: as many as the vanilla width holds')
-    parser.add_argument('--rescale', action='store_true', help='sum, top_kg, svd_kg: give matrices the norm of an expert\'s')
+    parser.add_argument('--k', type=int, metavar='N',
+                        help='routed experts kept; default: as many as the vanilla width holds')
+    parser.add_argument('--rescale', action='store_true',
+                        help='sum, top_kg, svd_kg: give matrices the norm of an expert\'s')
     parser.add_argument('--score', choices=('usage', 'norm'), help='prune: by tokens, or gate times output norm')
     parser.add_argument('--calibration-images', type=_count, default=1024, metavar='N',
                         help='training images for methods and reports that need data')

@@ -1,4 +1,4 @@
-"""Accuracy studies. `python -m experiments NAME --data DIR` does what is missing of a study, `report` writes the tables.
+"""Accuracy studies: `python -m experiments NAME --data DIR` does what is missing of one, `report` writes the tables.
 
     python -m experiments.data fashion --output data/fashion      # once; see experiments/README.md
     python -m experiments gathering --data data/fashion --jobs 2
@@ -24,7 +24,7 @@ def main() -> None:
         write()
         return
     if args.data is None or not (args.data / 'test.tar').is_file():
-        parser.error('--data must be a folder with train.tar, val.tar and test.tar; python -m experiments.data makes them')
+        parser.error('--data must be a folder with train.tar, val.tar and test.tar (python -m experiments.data)')
     stages = STUDIES[args.study]
     for stage in stages(args.data.resolve(), args.work.resolve(), args.seeds):
         run_stage(args.study, stage, args.work.resolve(), args.data.resolve() / 'test.tar', args.jobs)

@@ -36,9 +36,9 @@ def _provenance(lines: List[Dict[str, Any]]) -> str:
     machine = lines[-1]['machine']
     seeds = sorted({line['labels']['seed'] for line in lines})
     hours = sum(line['seconds'] for line in lines) / 3600
-    return (f'Seeds {", ".join(map(str, seeds))}; {machine["gpu"] or machine["cpu"]}, {machine["threads"]} thread(s) a run, '
-            f'torch {machine["torch"]}, timm {machine["timm"]}; {hours:.1f} hours of runs. Mean ± standard error over seeds, '
-            f'test set.')
+    return (f'Seeds {", ".join(map(str, seeds))}; {machine["gpu"] or machine["cpu"]}, {machine["threads"]} thread(s) a '
+            f'run, torch {machine["torch"]}, timm {machine["timm"]}; {hours:.1f} hours of runs. Mean ± standard error '
+            f'over seeds, test set.')
 
 
 def gathering(lines: List[Dict[str, Any]]) -> str:
@@ -65,8 +65,8 @@ def gathering(lines: List[Dict[str, Any]]) -> str:
     costs = {}
     for budget in budgets:
         runs = _select(lines, kind='distilled', images=budget)
-        costs[budget] = (f'{budget:,} images, {1000 * statistics.mean(r["last"]["train_pflops"] for r in runs):.2g} TFLOP, '
-                         f'{statistics.mean(r["last"]["train_seconds"] for r in runs):.0f} s')
+        flops, seconds = (statistics.mean(r['last'][key] for r in runs) for key in ('train_pflops', 'train_seconds'))
+        costs[budget] = f'{budget:,} images, {1000 * flops:.2g} TFLOP, {seconds:.0f} s'
     rows = []
     for start in [*methods, 'EWA export', 'random start']:
         after = top1(kind='gathered', method=start) if start in methods else (
@@ -76,8 +76,8 @@ def gathering(lines: List[Dict[str, Any]]) -> str:
             scores = top1(kind='distilled', start=start, images=budget)
             row.append(f'{mean_se(list(scores.values()))} ({kept(scores)})' if scores else '')
         rows.append(row)
-    parts += ['', 'Top-1 right after gathering and after distillation; in brackets the share of the teacher\'s benefit over '
-              'the dense model that is kept (of means over seeds), 100 % being the teacher itself.', '',
+    parts += ['', 'Top-1 right after gathering and after distillation; in brackets the share of the teacher\'s benefit '
+              'over the dense model that is kept (of means over seeds), 100 % being the teacher itself.', '',
               table(('start', 'right after gathering', *costs.values()), rows)]
     gathered = _select(lines, kind='gathered')
     if gathered:
@@ -103,7 +103,8 @@ def main_study(lines: List[Dict[str, Any]]) -> str:
                     variant, str(len(runs)), mean_se([run[test]['top1'] for run in runs]),
                     '' if variant == 'dense' else mean_se([run[test]['top1'] - d['test']['top1'] for run, d in paired]),
                     mean_se([run[test]['nll'] for run in runs], 3),
-                    '' if variant == 'dense' else mean_se([run[test]['nll'] - d['test']['nll'] for run, d in paired], 3),
+                    '' if variant == 'dense' else mean_se(
+                        [run[test]['nll'] - d['test']['nll'] for run, d in paired], 3),
                     mean_se([run[test]['ece'] for run in runs], 3)))
             parts += ['', f'{images:,} training images, {epochs} epochs:', '',
                       table(('variant', 'seeds', 'top-1', 'to dense', 'NLL', 'to dense', 'ECE'), rows)]

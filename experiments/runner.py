@@ -88,9 +88,9 @@ def score(folder: Path, split: Path, batch_size: int = 500) -> Dict[str, float]:
     config = timm.data.resolve_model_data_config(model)
     mode = 'L' if config['input_size'][0] == 1 else 'RGB'
     loader = create_loader(
-        create_dataset('', root=str(split), input_img_mode=mode), config['input_size'], batch_size, use_prefetcher=False,
-        mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'], interpolation=config['interpolation'],
-        num_workers=0, persistent_workers=False)
+        create_dataset('', root=str(split), input_img_mode=mode), config['input_size'], batch_size,
+        use_prefetcher=False, mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'],
+        interpolation=config['interpolation'], num_workers=0, persistent_workers=False)
     with torch.no_grad():
         pairs = [(model(images.to(device)).float().cpu(), target) for images, target in loader]
     logits, target = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
@@ -122,8 +122,8 @@ def execute(study: str, run: Run, work: Path, test: Path) -> Dict[str, Any]:
             with open(output / 'summary.csv') as table:
                 rows = list(csv.DictReader(table))
             line['last'] = {k: float(v) for k, v in rows[-1].items() if v}
-            line['curve'] = [[float(r['epoch']), float(r['eval_top1']), float(r['eval_loss']), float(r['train_seconds'])]
-                             for r in rows if r.get('eval_top1')]
+            columns = ('epoch', 'eval_top1', 'eval_loss', 'train_seconds')
+            line['curve'] = [[float(row[column]) for column in columns] for row in rows]
             shutil.rmtree(output / 'checkpoints')
             shutil.rmtree(output / 'best')
             folder = output / 'last'

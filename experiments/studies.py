@@ -30,8 +30,8 @@ def gathering(data: Path, work: Path, seeds: Optional[int]) -> Iterator[List[Run
         for kind, extra in (('moe', GATED), ('dense', {}), ('ewa', dict(EXPERTS, **{'share-rate': 0.001})))
     ]
     yield [
-        Run(f'{method}-{seed}', {'method': method, 'data-dir': str(data), 'train-split': 'train.tar', 'val-split': 'val.tar',
-                                 'workers': 0},
+        Run(f'{method}-{seed}',
+            {'method': method, 'data-dir': str(data), 'train-split': 'train.tar', 'val-split': 'val.tar', 'workers': 0},
             dict(kind='gathered', method=method, seed=seed), 'convert', str(trained / f'moe-{seed}' / 'last'))
         for seed in seeds for method in METHODS
     ] + [
@@ -70,8 +70,8 @@ def main_study(data: Path, work: Path, seeds: Optional[int]) -> Iterator[List[Ru
         part = subset(data / 'train.tar', count, work / 'main' / f'train-{count}.tar')
         yield [
             Run(f'{count}x{epochs}-{variant.replace(", ", "-").replace(" ", "-")}-{seed}',
-                dict(FASHION, epochs=epochs, seed=seed, **{'warmup-epochs': 2, 'data-dir': str(data), 'val-interval': 10,
-                                                          'train-split': str(part)}, **extra),
+                dict(FASHION, epochs=epochs, seed=seed, **{
+                    'warmup-epochs': 2, 'data-dir': str(data), 'val-interval': 10, 'train-split': str(part)}, **extra),
                 dict(variant=variant, images=count, epochs=epochs, seed=seed))
             for seed in range(seeds or 5) for variant, extra in variants.items()
         ]
