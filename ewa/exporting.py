@@ -154,7 +154,7 @@ def _write_onnx(model: nn.Module, path: Path) -> None:
         import onnxruntime
         import onnxscript  # noqa: F401  what torch.onnx exports with
     except ImportError as e:
-        raise ValueError(f'ONNX needs a package that is not installed ({e.name}): pip install "ewa-vit[onnx]".') from e
+        raise ValueError(f'ONNX needs a package that is not installed ({e.name}): pip install -e ".[onnx]".') from e
     model = copy.deepcopy(model).cpu().float().eval()
     image = _image(model)
     with warnings.catch_warnings():

@@ -35,7 +35,9 @@ def is_ffn(module: nn.Module) -> bool:
 
 def find_ffns(model: nn.Module) -> Dict[str, nn.Module]:
     """Name to module of all FFNs of a model, in its order."""
-    return {name: module for name, module in model.named_modules() if is_ffn(module)}
+    # MLP-Mixer's token FFNs look alike but run over the tokens of a channel
+    return {
+        name: module for name, module in model.named_modules() if is_ffn(module) and not name.endswith('mlp_tokens')}
 
 
 def read_ffn(ffn: nn.Module) -> FFNWeights:

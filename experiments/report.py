@@ -3,6 +3,8 @@ import statistics
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
 
+from ewa.distillation import benefit_kept
+
 from .runner import read_results
 
 DOCS = Path(__file__).parent.parent / 'docs'
@@ -50,11 +52,16 @@ def gathering(lines: List[Dict[str, Any]]) -> str:
     if not teacher or not dense:
         return ''
 
+    gains = [teacher[seed] - dense[seed] for seed in teacher if seed in dense]
+    gain = statistics.mean(gains)
+    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.
+    telling = gain >= max(1., 4 * error)  # points; a share of less is noise over noise
+
     def kept(scores: Dict[int, float]) -> str:
-        benefit = statistics.mean(teacher.values()) - statistics.mean(dense.values())
-        if benefit <= 0:
-            return 'none to keep'
-        return f'{100 * (statistics.mean(scores.values()) - statistics.mean(dense.values())) / benefit:.0f} %'
+        if not telling:
+            return ''
+        means = [statistics.mean(group[seed] for seed in scores) for group in (scores, dense, teacher)]
+        return f' ({100 * benefit_kept(*means):.0f} %)'
 
     parts = [table(('model', 'top-1', 'NLL'), [
         (name, mean_se([line['test']['top1'] for line in _select(lines, kind=kind)]),
@@ -68,16 +75,18 @@ def gathering(lines: List[Dict[str, Any]]) -> str:
         flops, seconds = (statistics.mean(r['last'][key] for r in runs) for key in ('train_pflops', 'train_seconds'))
         costs[budget] = f'{budget:,} images, {1000 * flops:.2g} TFLOP, {seconds:.0f} s'
     rows = []
-    for start in [*methods, 'EWA export', 'random start']:
+    for start in [*methods, 'EWA export', 'dense model', 'random start']:
         after = top1(kind='gathered', method=start) if start in methods else (
-            top1(kind='ewa-export') if start == 'EWA export' else {})
+            top1(kind='ewa-export') if start == 'EWA export' else dense if start == 'dense model' else {})
         row = [start, mean_se(list(after.values()))]
         for budget in budgets:
             scores = top1(kind='distilled', start=start, images=budget)
-            row.append(f'{mean_se(list(scores.values()))} ({kept(scores)})' if scores else '')
+            row.append(f'{mean_se(list(scores.values()))}{kept(scores)}' if scores else '')
         rows.append(row)
-    parts += ['', 'Top-1 right after gathering and after distillation; in brackets the share of the teacher\'s benefit '
-              'over the dense model that is kept (of means over seeds), 100 % being the teacher itself.', '',
+    share = 'In brackets the share of that benefit that is kept.' if telling else (
+        'That is too little to say what share of it is kept, so none is given.')
+    parts += ['', f'The teacher beats the dense model by {gain:.2f} ± {error:.2f} points (paired). {share} Top-1 right after '
+              'gathering and after distillation:', '',
               table(('start', 'right after gathering', *costs.values()), rows)]
     gathered = _select(lines, kind='gathered')
     if gathered:

@@ -44,7 +44,9 @@ def gathering(data: Path, work: Path, seeds: Optional[int]) -> Iterator[List[Run
         part = subset(data / 'train.tar', count, work / 'gathering' / f'train-{count}.tar')
         for seed in seeds:
             starts = {method: str(trained / f'{method}-{seed}') for method in METHODS}
-            starts.update({'random start': '', 'EWA export': str(trained / f'ewa-export-{seed}')})
+            starts.update({
+                'EWA export': str(trained / f'ewa-export-{seed}'), 'dense model': str(trained / f'dense-{seed}' / 'last'),
+                'random start': ''})
             for start, folder in starts.items():
                 flags = dict(base, seed=seed, epochs=1, lr=0.0005 if folder else 0.002, **{
                     'warmup-epochs': 0, 'train-split': str(part), 'initial-checkpoint': folder or None,
