@@ -183,9 +183,9 @@ def main(argv=None):
             parser.error(str(e) or repr(e))
         sys.exit(2)
 
-    def say(message):
+    def say(message, file=sys.stdout):
         if main_process:
-            tqdm.write(message)
+            tqdm.write(message, file=file)
 
     if args.resume:
         if start_epoch >= epochs:
@@ -295,7 +295,7 @@ def main(argv=None):
             if update % args.log_interval == 0 or update % updates_per_epoch == 0:
                 mean_loss = accelerator.reduce(loss_sum, reduction='mean').item() / loss_count
                 if not math.isfinite(mean_loss):
-                    say(f'The training loss is {mean_loss} in epoch {epoch + 1}: stopping.')
+                    say(f'The training loss is {mean_loss} in epoch {epoch + 1}: stopping.', sys.stderr)
                     sys.exit(1)
                 speed = images_seen / (time.time() - started)
                 if main_process:

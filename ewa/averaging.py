@@ -173,16 +173,19 @@ class ExpertAverager:
 
         Raises:
             RuntimeError: This averager is attached already (experts would be pulled twice a step).
-            TypeError: The optimizer never runs hooks, as timm's `Lookahead`; call `step()` after its steps instead.
+            TypeError: The optimizer does not run hooks from its first step on, as timm's `Lookahead`; call `step()` after its
+                steps instead.
         """
         if self._handle is not None and self._handle.id in (self._handle.hooks_dict_ref() or {}):
             raise RuntimeError('This ExpertAverager is attached already; call .remove() on its handle first.')
         inner = getattr(optimizer, 'optimizer', None)
         if isinstance(inner, Optimizer):
             optimizer = inner
-        if not getattr(type(optimizer).step, 'hooked', False):
+        # timm's Lookahead does not run Optimizer.__init__; its steps run hooks only from its first zero_grad() on
+        initialised = hasattr(optimizer, '_optimizer_state_dict_pre_hooks')
+        if not initialised or not getattr(type(optimizer).step, 'hooked', False):
             raise TypeError(
-                f'{type(optimizer).__name__} does not run step hooks, so experts would never be pulled. Call '
+                f'{type(optimizer).__name__} does not run step hooks reliably, so experts might never be pulled. Call '
                 f'averager.step() after each optimizer.step() instead of attaching.')
         self._handle = optimizer.register_step_post_hook(self._after_step)
         return self._handle
