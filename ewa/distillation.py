@@ -5,6 +5,7 @@ import timm
 import torch
 from timm.task import LogitDistillationTask
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -85,7 +86,8 @@ def forward_flops(model: nn.Module, image_shape) -> int:
     image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
     training = {module: module.training for module in model.modules()}
     model.eval()
-    with FlopCounterMode(display=False) as counter:
+    # attention as plain matrix products: not every version of torch counts every fused kernel
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(image)
     for module, mode in training.items():
         module.training = mode
