@@ -113,7 +113,9 @@ def execute(study: str, run: Run, work: Path, test: Path) -> Dict[str, Any]:
     output.parent.mkdir(parents=True, exist_ok=True)
     log = output.parent / f'{run.name}.log'
     started = time.time()
-    line = dict(name=run.name, labels=run.labels, script=run.script, flags=run.flags)
+    # where the folders were is nobody's business
+    flags = json.loads(json.dumps(run.flags).replace(str(work), 'WORK').replace(str(test.parent), 'DATA'))
+    line = dict(name=run.name, labels=run.labels, script=run.script, flags=flags)
     with open(log, 'w') as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
         if run.script == 'train':
             from train import main
