@@ -5,6 +5,7 @@ Axis legend: `T` tokens, `D` width, `E` experts, `k` experts a token is sent to.
 Any module with an `nn.ModuleList` called `experts` is a MoE layer to this package; one that routes also has `router`,
 and one whose output includes experts that are always on has them in `shared`.
 """
+import weakref
 from collections import OrderedDict
 from copy import deepcopy
 from typing import Dict, Iterable, Iterator, Optional, Sequence, Tuple
@@ -16,6 +17,9 @@ from torch.func import functional_call
 from .gathering import mean
 from .partition import random_partition
 from .routing import dispatch, load_balancing_loss, top_k_gates, z_loss
+
+
+_REPLACED: 'weakref.WeakKeyDictionary[nn.Module, nn.Module]' = weakref.WeakKeyDictionary()
 
 
 def is_moe(module: nn.Module) -> bool:
@@ -98,7 +102,11 @@ class RandomPartitionMoE(nn.Module):
         return fuse_experts(self.experts)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return self.fuse()
+        ffn = self.fuse()
+        # torch.jit.script remembers what it replaced by id(): if this layer were freed, another module could get its id
+        # and be taken for it
+        _REPLACED[ffn] = self
+        return ffn
 
     def extra_repr(self) -> str:
         return 'router=random'

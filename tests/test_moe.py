@@ -1,5 +1,7 @@
+import gc
 import io
 import pickle
+import weakref
 from copy import deepcopy
 
 import pytest
@@ -319,3 +321,16 @@ def test_protocol_knows_foreign_layers():
     assert not is_moe(Foreign(nn.Linear(2, 2))) and not is_moe(nn.Linear(2, 2))
     model = nn.Sequential(nn.Linear(2, 2), Foreign(nn.ModuleList([nn.Linear(2, 2)])))
     assert [name for name, _ in moe_layers(model)] == ['1']
+
+
+def test_a_layer_replaced_for_scripting_lives_as_long_as_its_ffn(tiny):
+    """torch.jit.script keys what it replaced by id(), which a freed layer would hand on to another module."""
+    model = tiny('vit_ewa', host='vit_tiny_patch16_224')
+    layer = weakref.ref(model.blocks[1].mlp)
+    ffn = layer().__prepare_scriptable__()
+    model.blocks[1].mlp = ffn
+    gc.collect()
+    assert layer() is not None
+    del ffn, model
+    gc.collect()
+    assert layer() is None
