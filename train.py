@@ -341,10 +341,10 @@ def main(argv=None):
                                 *((f'experts_{k}/{record["layer"]}', record[k]) for record in records
                                   for k in ('distance', 'cosine', 'entropy', 'change') if k in record)]:
                 board.add_scalar(key, scalar, update)
-            if records:
+            if records and validated:
                 board.add_figure('experts/similarity', similarity_figure(records), update)
-            if usage_figure(records) is not None:
-                board.add_figure('experts/usage', usage_figure(records), update)
+                if usage_figure(records) is not None:
+                    board.add_figure('experts/usage', usage_figure(records), update)
             board.flush()
             if validated:
                 update_summary(

@@ -155,16 +155,20 @@ class SeededDataset(_Wrapper):
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int):
-        seed_all(self.seed, 1, int(self._epoch), index)
+        seed_all(self.seed, 1, int(self._epoch), index, devices=False)
         return self.dataset[index]
 
 
-def seed_all(*key: int) -> None:
-    """Seed Python, NumPy and torch from a tuple of whole numbers, as (seed, stream, ...)."""
+def seed_all(*key: int, devices: bool = True) -> None:
+    """Seed Python, NumPy and torch from a tuple of whole numbers, as (seed, stream, ...).
+
+    `devices=False` leaves accelerators out: where CUDA is built in but not started, as in the workers of a loader,
+    seeding it takes longer than decoding a small image.
+    """
     words = np.random.SeedSequence(key).generate_state(3, np.uint32)
     random.seed(int(words[0]))
     np.random.seed(words[1])
-    torch.manual_seed(int(words[2]))
+    (torch.manual_seed if devices else torch.default_generator.manual_seed)(int(words[2]))
 
 
 def train_loader(dataset: Dataset, args: argparse.Namespace, data_config: Dict[str, Any]) -> DataLoader:

@@ -80,7 +80,8 @@ def diagnose(model: nn.Module, batches: Optional[Iterable] = None, align: bool =
         compute with the mean in `eval()`: their `change` is 0. Experts of unequal widths have no mean and no pairwise
         cosine: records of their layers lack these.
     """
-    usage = measure_usage(model, batches) if batches is not None else {}
+    gated = any(is_gated(layer) for _, layer in moe_layers(model))
+    usage = measure_usage(model, batches) if batches is not None and gated else {}
     distances = distances_to_mean(model)
     records = []
     for name, layer in moe_layers(model):

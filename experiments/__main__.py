@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .report import write
 from .runner import run_stage
-from .studies import STUDIES
+from .studies import STUDIES, setting
 
 
 def main() -> None:
@@ -19,15 +19,17 @@ def main() -> None:
     parser.add_argument('--work', type=Path, default=Path('output/experiments'), help='folder for models and logs')
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time, one thread each')
     parser.add_argument('--seeds', type=int, help='number of seeds (default: the study\'s)')
+    parser.add_argument('--gpu', action='store_true', help='the same study at real size: ViT-S, augmentation, one GPU')
     args = parser.parse_args()
     if args.study == 'report':
         write()
         return
     if args.data is None or not (args.data / 'test.tar').is_file():
         parser.error('--data must be a folder with train.tar, val.tar and test.tar (python -m experiments.data)')
-    stages = STUDIES[args.study]
-    for stage in stages(args.data.resolve(), args.work.resolve(), args.seeds):
-        run_stage(args.study, stage, args.work.resolve(), args.data.resolve() / 'test.tar', args.jobs)
+    s = setting(args.data.resolve(), args.work.resolve(), args.gpu, args.seeds)
+    name = f'{args.study}-{s.name}' + '-gpu' * args.gpu
+    for stage in STUDIES[args.study](s):
+        run_stage(name, stage, s.work, args.jobs)
 
 
 if __name__ == '__main__':

@@ -1,22 +1,36 @@
 """Tables and figures of docs/results.md, made from the lines in experiments/results and nothing else."""
 import statistics
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence, Tuple
+
+from matplotlib.figure import Figure
+from scipy.stats import t as student
 
 from ewa.distillation import benefit_kept
 
-from .runner import read_results
+from .runner import RESULTS, read_results
 
 DOCS = Path(__file__).parent.parent / 'docs'
+Lines = List[Dict[str, Any]]
 
 
-def mean_se(values: Sequence[float], digits: int = 2) -> str:
+def mean_se(values: Sequence[float], digits: int = 2, sign: bool = False) -> str:
     """`mean ± standard error` of values, one a seed."""
     if not values:
         return ''
-    if len(values) == 1:
-        return f'{values[0]:.{digits}f}'
-    return f'{statistics.mean(values):.{digits}f} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}'
+    mean = f'{statistics.mean(values):{"+" * sign}.{digits}f}'
+    return mean if len(values) == 1 else f'{mean} ± {standard_error(values):.{digits}f}'
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; 0 for a single value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> Tuple[float, float]:
+    """Student's confidence interval of the mean of at least two values."""
+    half = student.ppf(0.5 + level / 2, len(values) - 1) * standard_error(values)
+    return statistics.mean(values) - half, statistics.mean(values) + half
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -25,36 +39,299 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join(lines + ['| ' + ' | '.join(row) + ' |' for row in rows])
 
 
-def _select(lines: List[Dict[str, Any]], **labels) -> List[Dict[str, Any]]:
+def _select(lines: Lines, **labels) -> Lines:
     found = [line for line in lines if all(line['labels'].get(k) == v for k, v in labels.items())]
     return sorted(found, key=lambda line: line['labels']['seed'])
 
 
-def _unique(lines: List[Dict[str, Any]], label: str) -> List[Any]:
+def _unique(lines: Lines, label: str) -> List[Any]:
     return list(dict.fromkeys(line['labels'][label] for line in lines if label in line['labels']))
 
 
-def _provenance(lines: List[Dict[str, Any]]) -> str:
-    machine = lines[-1]['machine']
+def _by_seed(lines: Lines, read: Callable[[Dict[str, Any]], float]) -> Dict[int, float]:
+    return {line['labels']['seed']: read(line) for line in lines}
+
+
+def _paired(lines: Dict[int, float], reference: Dict[int, float]) -> List[float]:
+    return [lines[seed] - reference[seed] for seed in lines if seed in reference]
+
+
+def _test(key: str, part: str = 'test') -> Callable[[Dict[str, Any]], float]:
+    return lambda line: line[part][key]
+
+
+def _provenance(lines: Lines) -> str:
+    machines = list(dict.fromkeys(
+        f'{line["machine"]["gpu"] or line["machine"]["cpu"]}, {line["machine"]["threads"]} thread(s) a run, torch '
+        f'{line["machine"]["torch"]}, timm {line["machine"]["timm"]}' for line in lines))
     seeds = sorted({line['labels']['seed'] for line in lines})
     hours = sum(line['seconds'] for line in lines) / 3600
-    return (f'Seeds {", ".join(map(str, seeds))}; {machine["gpu"] or machine["cpu"]}, {machine["threads"]} thread(s) a '
-            f'run, torch {machine["torch"]}, timm {machine["timm"]}; {hours:.1f} hours of runs. Mean ± standard error '
-            f'over seeds, test set.')
+    return (f'{len(lines)} runs, seeds {", ".join(map(str, seeds))}; {"; ".join(machines)}; {hours:.1f} hours. Mean ± '
+            f'standard error over seeds, test set.')
 
 
-def gathering(lines: List[Dict[str, Any]]) -> str:
+def _save(figure: Figure, name: str, alt: str) -> str:
+    DOCS.mkdir(exist_ok=True)
+    figure.savefig(DOCS / f'{name}.png', dpi=110)
+    return f'![{alt}]({name}.png)'
+
+
+def _error_bars(axis, columns: Sequence[Any], groups: Dict[str, List[List[float]]], xlabel: str, ylabel: str) -> None:
+    for label, values in groups.items():
+        points = [(i, statistics.mean(v), standard_error(v)) for i, v in enumerate(values) if v]
+        if points:
+            axis.errorbar(*zip(*points), marker='o', markersize=4, capsize=3, label=label)
+    axis.set_xticks(range(len(columns)), [f'{column:g}' for column in columns], fontsize=8)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.legend(fontsize=8)
+
+
+def tune(lines: Lines, name: str) -> str:
+    """The table of the study `tune`: what was chosen for each family."""
+    rows = []
+    for family in _unique(lines, 'family'):
+        group = [line for line in lines if line['labels']['family'] == family]
+        cells = [family, str(len(group))]
+        for pick in (lambda line: line['labels']['stage'] < 2, lambda line: line['labels']['stage'] == 2):
+            best = max(filter(pick, group), key=lambda line: line['last']['eval_top1'], default=None)
+            cells += ['', ''] if best is None else [
+                ', '.join(f'{best["flags"][key]:g}' for key in ('lr', 'weight-decay', 'drop-path')),
+                f'{best["last"]["eval_top1"]:.2f}']
+        rows.append(cells)
+    return table(('family', 'runs', 'lr, weight decay, drop-path', 'val top-1', 'the same with drop-path', 'val top-1'), rows)
+
+
+def main(lines: Lines, name: str) -> str:
+    """The tables of the study `main`, with paired differences to dense over equal seeds."""
+    cells = sorted({(line['labels']['images'], line['labels']['epochs']) for line in lines})
+    order = _unique(lines, 'variant')
+    groups: Dict[str, Dict[Tuple[int, int], Lines]] = {}
+    for variant in order:
+        groups[variant] = {cell: _select(lines, variant=variant, images=cell[0], epochs=cell[1]) for cell in cells}
+
+    def read(variant: str, key: str) -> Tuple[str, Callable]:
+        return variant.replace(', EMA', ''), _test(key, 'test_ema' if variant.endswith(', EMA') else 'test')
+
+    variants = []
+    for variant in order:
+        variants.append(variant)
+        if any('test_ema' in line for group in groups[variant].values() for line in group):
+            variants.append(f'{variant}, EMA')
+    parts = []
+    for key, what, digits in (('top1', 'Top-1 (%)', 2), ('nll', 'Negative log-likelihood', 3), ('ece', 'Calibration error', 3)):
+        rows = []
+        for variant in variants:
+            base, reader = read(variant, key)
+            row = [variant]
+            for cell in cells:
+                dense = _by_seed(groups['dense'][cell], _test(key))
+                scores = _by_seed(groups[base][cell], reader)
+                row.append(mean_se(list(scores.values()), digits) if variant == 'dense' else
+                           mean_se(_paired(scores, dense), digits, sign=True))
+            rows.append(row)
+        header = (what, *(f'{images:,} x {epochs}' for images, epochs in cells))
+        parts += ['', table(header, rows)]
+    seeds = {cell: sorted({n for n in (len(groups[v][cell]) for v in order) if n}) for cell in cells}
+    parts += ['', 'Columns: training images x epochs. First row: the score of the dense model; others: paired differences to '
+              'it. Seeds per cell: ' + ', '.join(f'{i:,} x {e}: {"-".join(map(str, n))}' for (i, e), n in seeds.items()) + '.']
+    parts += ['', time_to_accuracy(groups, cells, name), '', robustness(groups, cells), '', _provenance(lines)]
+    return '\n'.join(parts)
+
+
+def time_to_accuracy(groups: Dict[str, Dict[Tuple[int, int], Lines]], cells: Sequence[Tuple[int, int]], name: str) -> str:
+    """Validation accuracy and loss against training time, dense and EWA, for each size's longest training."""
+    longest = [cell for cell in cells if cell[1] == max(epochs for images, epochs in cells if images == cell[0])]
+    figure = Figure(figsize=(4 * len(longest), 5.2), layout='constrained')
+    axes = figure.subplots(2, len(longest), squeeze=False)
+    ratios = []
+    for column, cell in enumerate(longest):
+        for variant in ('dense', 'dense, drop-path', 'EWA', 'EWA, drop-path'):
+            curves = [line['curve'] for line in groups.get(variant, {}).get(cell, [])]
+            if not curves:
+                continue
+            mean = [[statistics.mean(values) for values in zip(*points)] for points in zip(*curves)]
+            for axis, index in zip(axes[:, column], (1, 2)):
+                axis.plot([point[3] for point in mean], [point[index] for point in mean], marker='o', markersize=3,
+                          label=variant)
+        axes[0, column].set_title(f'{cell[0]:,} images x {cell[1]}', fontsize=9)
+        axes[0, column].set_ylabel('validation top-1 (%)')
+        axes[1, column].set_ylabel('validation loss')
+        axes[1, column].set_xlabel('seconds of training')
+        seconds = [_by_seed(groups.get(v, {}).get(cell, []), lambda line: line['last']['train_seconds'])
+                   for v in ('EWA, drop-path', 'dense, drop-path')]
+        ratios += [seconds[0][seed] / seconds[1][seed] for seed in seconds[0] if seed in seconds[1]]
+    axes[0, 0].legend(fontsize=7)
+    picture = _save(figure, f'time_{name}', 'validation accuracy and loss against training time')
+    note = f'Training time of EWA over dense, both with drop-path, same seed: {mean_se(ratios)}.' if ratios else ''
+    return f'Time to accuracy: mean curves over seeds. {note}\n\n{picture}'
+
+
+def robustness(groups: Dict[str, Dict[Tuple[int, int], Lines]], cells: Sequence[Tuple[int, int]]) -> str:
+    """Noise on test images, and sharpness, in the cell with most of the robust figures."""
+    cell = max(cells, key=lambda c: sum('robust' in line for group in groups.values() for line in group[c]))
+    header = ('variant', 'top-1, noisy images', 'NLL, noisy images', 'training loss', 'sharpness')
+    rows = []
+    for variant, group in groups.items():
+        lines = [line for line in group[cell] if 'robust' in line]
+        if lines:
+            rows.append([variant] + [mean_se([line['robust'][key] for line in lines], digits) for key, digits in (
+                ('noisy_top1', 2), ('noisy_nll', 3), ('train_nll', 4), ('sharpness', 4))])
+    return (f'Robustness, {cell[0]:,} images x {cell[1]} epochs. Noise: Gaussian, standard deviation 0.5 of the normalised '
+            'pixels, a quarter of the test set. Sharpness: mean rise of the training loss when each matrix of the dense form '
+            'moves a tenth of its norm in a random direction.\n\n' + table(header, rows))
+
+
+def share_rate(lines: Lines, name: str) -> str:
+    """The tables and figures of the study `share_rate`."""
+    usual = dict(schedule='constant', init='copy', experts=4, layers='all')
+    lengths = sorted({line['labels']['epochs'] for line in lines})
+    groups = {f'{epochs} epochs': _select(lines, epochs=epochs, **usual) for epochs in lengths}
+    groups['independent start'] = _select(lines, **dict(usual, init='independent'))
+    for schedule in ('linear', 'cosine'):
+        groups[f'{schedule} schedule'] = _select(lines, **dict(usual, schedule=schedule))
+    rates = sorted(_unique(lines, 'rate'))
+
+    def distance(line: Dict[str, Any]) -> float:
+        return statistics.mean(v[-1][1] for k, v in line['experts'].items() if k.startswith('distance'))
+
+    def values(label: str, rate: float, read: Callable[[Dict[str, Any]], float]) -> List[float]:
+        return [read(line) for line in groups[label] if line['labels']['rate'] == rate]
+
+    rows = []
+    for label in groups:
+        for rate in rates:
+            cells = values(label, rate, _test('top1'))
+            if cells:
+                rows.append((
+                    label, f'{rate:g}', str(len(cells)),
+                    mean_se(values(label, rate, lambda line: line['last']['eval_top1'])), mean_se(cells),
+                    mean_se(values(label, rate, _test('nll')), 3),
+                    mean_se(values(label, rate, lambda line: line['routed']['top1'] - line['dense']['top1']), 2, True),
+                    mean_se(values(label, rate, lambda line: line['routed']['nll'] - line['dense']['nll']), 3, True),
+                    mean_se(values(label, rate, distance), 3)))
+    parts = [table(('setting', 'share rate', 'seeds', 'val top-1', 'test top-1', 'test NLL', 'top-1 of the MoE itself, to dense',
+                    'its NLL, to dense', 'distance to mean'), rows)]
+    figure = Figure(figsize=(11, 3.4), layout='constrained')
+    axes = figure.subplots(1, 3)
+    for axis, (what, read) in zip(axes, (('test top-1 (%)', _test('top1')), ('test NLL', _test('nll')),
+                                        ('distance to mean', distance))):
+        _error_bars(axis, rates, {
+            label: [values(label, rate, read) for rate in rates] for label in groups if groups[label]}, 'share rate', what)
+    parts += ['', _save(figure, f'share_rate_{name}', 'accuracy, loss and distance over share rates')]
+
+    rows = []
+    base = _select(lines, epochs=lengths[-1], rate=1e-3, **usual)
+    others = {f'{n} experts': _select(lines, rate=1e-3, experts=n) for n in (2, 8, 16)}
+    others.update({f'layers {where}': _select(lines, rate=1e-3, layers=where) for where in ('every:2', 'last:2')})
+    for label, group in {'4 experts, all layers': base, **others}.items():
+        if group:
+            rows.append((label, str(len(group)), mean_se([line['test']['top1'] for line in group]),
+                         mean_se([line['test']['nll'] for line in group], 3), mean_se([distance(line) for line in group], 3)))
+    if rows:
+        parts += ['', f'Experts and layers, share rate 0.001, {lengths[-1]} epochs:', '',
+                  table(('setting', 'seeds', 'test top-1', 'test NLL', 'distance to mean'), rows)]
+    return '\n'.join([*parts, '', experts(lines, name, lengths[-1], usual), '', _provenance(lines)])
+
+
+def experts(lines: Lines, name: str, epochs: int, usual: Dict[str, Any]) -> str:
+    """What experts do over training: distance to the mean by share rate and by layer."""
+    group = _select(lines, epochs=epochs, **usual)
+    figure = Figure(figsize=(11, 3.4), layout='constrained')
+    axes = figure.subplots(1, 3)
+
+    def mean_course(runs: Lines, keys: Sequence[str]) -> Tuple[List[float], List[float]]:
+        courses = [run['experts'][key] for run in runs for key in keys]
+        return [p[0] for p in courses[0]], [statistics.mean(c[i][1] for c in courses) for i in range(len(courses[0]))]
+
+    layers = [key.split('/')[1] for key in group[0]['experts'] if key.startswith('distance/')]
+    for rate in sorted(_unique(group, 'rate')):
+        runs = _select(group, rate=rate)
+        for axis, kind in zip(axes, ('distance', 'cosine')):
+            axis.plot(*mean_course(runs, [f'{kind}/{layer}' for layer in layers]), label=f'{rate:g}')
+    for layer in layers:
+        axes[2].plot(*mean_course(_select(group, rate=1e-3), [f'distance/{layer}']), label=layer)
+    for axis, what in zip(axes, ('distance to mean', 'pairwise cosine', 'distance to mean, rate 0.001')):
+        axis.set_xlabel('update')
+        axis.set_ylabel(what)
+        axis.legend(fontsize=7, title='share rate' if axis is not axes[2] else 'layer', title_fontsize=7)
+    return (f'What experts do over training ({epochs} epochs, copies at the start; mean over layers and seeds, on the right by '
+            'layer):\n\n' + _save(figure, f'experts_{name}', 'distance and cosine of experts over training'))
+
+
+def bounded(lines: Lines, name: str) -> str:
+    """The table of the study `bounded`; constant rates at the usual learning rate come from `share_rate`."""
+    usual = dict(schedule='constant', init='copy', experts=4, layers='all')
+    lengths, lrs = sorted(_unique(lines, 'epochs')), sorted(_unique(lines, 'lr'))
+    seeds = _unique(lines, 'seed')
+    shared = [dict(line, labels=dict(line['labels'], lr=lrs[-1])) for rate in (0., 1e-3, 1e-2, .1)
+              for line in _select(read_results(f'share_rate-{name}'), rate=rate, **usual) if line['labels']['seed'] in seeds]
+    every = [*lines, *shared]
+    settings = [(f'rate {rate:g}', dict(rate=rate)) for rate in sorted(_unique(every, 'rate'))]
+    settings += [(f'bound {bound:g}', dict(bound=bound)) for bound in sorted(_unique(lines, 'bound'))]
+    columns = [(epochs, lr) for epochs in lengths for lr in lrs]
+    parts = []
+    for what, read, digits in (('val top-1', lambda line: line['last']['eval_top1'], 2), ('test top-1', _test('top1'), 2),
+                               ('test NLL', _test('nll'), 3)):
+        rows = [[label] + [mean_se([read(line) for line in _select(every, epochs=epochs, lr=lr, **pick)], digits)
+                           for epochs, lr in columns] for label, pick in settings]
+        parts += ['', table((what, *(f'{epochs} epochs, lr {lr:g}' for epochs, lr in columns)), rows)]
+    return '\n'.join([*parts, '', _provenance(lines)])
+
+
+def finetune(lines: Lines, name: str) -> str:
+    """The table of the study `finetune`: each variant at its better learning rate by validation."""
+    rows = []
+    sizes = sorted(_unique(lines, 'images'))
+    pick: Dict[Tuple[int, str], Lines] = {}
+    for size in sizes:
+        for variant in _unique(_select(lines, images=size), 'variant'):
+            runs = [_select(lines, images=size, variant=variant, lr=lr) for lr in sorted(_unique(lines, 'lr'))]
+            pick[size, variant] = max(
+                filter(None, runs), key=lambda group: statistics.mean(line['last']['eval_top1'] for line in group))
+    for variant in dict.fromkeys(variant for _, variant in pick):
+        row = [variant]
+        for size in sizes:
+            for key, digits in (('top1', 2), ('nll', 3)):
+                scores = _by_seed(pick.get((size, variant), []), _test(key))
+                dense = _by_seed(pick[size, 'dense'], _test(key))
+                row.append(mean_se(list(scores.values()) if variant == 'dense' else _paired(scores, dense), digits,
+                                   sign=variant != 'dense'))
+            row.append(f'{pick[size, variant][0]["labels"]["lr"]:g}' if (size, variant) in pick else '')
+        rows.append(row)
+    header = ['variant'] + [f'{size} images: {what}' for size in sizes for what in ('top-1', 'NLL', 'lr')]
+    return '\n'.join([table(header, rows), '', _provenance(lines)])
+
+
+def gated(lines: Lines, name: str) -> str:
+    """The table of the study `gated`: the MoE with pulls, and its average."""
+    dense = {key: _by_seed(_select(lines, variant='dense'), _test(key)) for key in ('top1', 'nll')}
+    rows = []
+    for variant in _unique(lines, 'variant'):
+        row = [variant]
+        for kind in ('moe', 'average'):
+            group = _select(lines, variant=variant, kind=kind)
+            for key, digits in (('top1', 2), ('nll', 3)):
+                row.append(mean_se([line['test'][key] for line in group], digits))
+        group = _select(lines, variant=variant, kind='moe')
+        row.append(mean_se(_paired(_by_seed(group, _test('top1')), dense['top1']), 2, True) if variant != 'dense' else '')
+        distances = [statistics.mean(v[-1][1] for k, v in line['experts'].items() if k.startswith('distance'))
+                     for line in group if line['experts']]
+        rows.append([*row, mean_se(distances, 3)])
+    header = ('variant', 'top-1', 'NLL', 'averaged: top-1', 'averaged: NLL', 'MoE to dense, top-1', 'distance to mean')
+    return '\n'.join([table(header, rows), '', _provenance(lines)])
+
+
+def gathering(lines: Lines, name: str) -> str:
     """The tables of the study `gathering`."""
     def top1(**labels) -> Dict[int, float]:
-        return {line['labels']['seed']: line['test']['top1'] for line in _select(lines, **labels)}
+        return _by_seed(_select(lines, **labels), _test('top1'))
 
-    teacher, dense, ewa = (top1(kind=kind) for kind in ('moe', 'dense', 'ewa'))
-    if not teacher or not dense:
+    teacher, dense = (top1(kind=kind) for kind in ('moe', 'dense'))
+    gains = _paired(teacher, dense)
+    if not gains:
         return ''
-
-    gains = [teacher[seed] - dense[seed] for seed in teacher if seed in dense]
-    gain = statistics.mean(gains)
-    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.
+    gain, error = statistics.mean(gains), standard_error(gains)
     telling = gain >= max(1., 4 * error)  # points; a share of less is noise over noise
 
     def kept(scores: Dict[int, float]) -> str:
@@ -64,13 +341,12 @@ def gathering(lines: List[Dict[str, Any]]) -> str:
         return f' ({100 * benefit_kept(*means):.0f} %)'
 
     parts = [table(('model', 'top-1', 'NLL'), [
-        (name, mean_se([line['test']['top1'] for line in _select(lines, kind=kind)]),
+        (title, mean_se([line['test']['top1'] for line in _select(lines, kind=kind)]),
          mean_se([line['test']['nll'] for line in _select(lines, kind=kind)], 3))
-        for name, kind in (('gated MoE (teacher)', 'moe'), ('dense', 'dense'), ('EWA', 'ewa'))])]
+        for title, kind in (('gated MoE (teacher)', 'moe'), ('dense', 'dense'), ('EWA', 'ewa'))])]
     methods = _unique(_select(lines, kind='gathered'), 'method')
-    budgets = sorted(_unique(lines, 'images'))
     costs = {}
-    for budget in budgets:
+    for budget in sorted(_unique(_select(lines, kind='distilled'), 'images')):
         runs = _select(lines, kind='distilled', images=budget)
         flops, seconds = (statistics.mean(r['last'][key] for r in runs) for key in ('train_pflops', 'train_seconds'))
         costs[budget] = f'{budget:,} images, {1000 * flops:.2g} TFLOP, {seconds:.0f} s'
@@ -79,7 +355,7 @@ def gathering(lines: List[Dict[str, Any]]) -> str:
         after = top1(kind='gathered', method=start) if start in methods else (
             top1(kind='ewa-export') if start == 'EWA export' else dense if start == 'dense model' else {})
         row = [start, mean_se(list(after.values()))]
-        for budget in budgets:
+        for budget in costs:
             scores = top1(kind='distilled', start=start, images=budget)
             row.append(f'{mean_se(list(scores.values()))}{kept(scores)}' if scores else '')
         rows.append(row)
@@ -87,87 +363,25 @@ def gathering(lines: List[Dict[str, Any]]) -> str:
         'That is too little to say what share of it is kept, so none is given.')
     parts += ['', f'The teacher beats the dense model by {gain:.2f} ± {error:.2f} points (paired). {share} Top-1 right after '
               'gathering and after distillation:', '',
-              table(('start', 'right after gathering', *costs.values()), rows)]
-    gathered = _select(lines, kind='gathered')
-    if gathered:
-        parts += ['', _provenance(lines)]
+              table(('start', 'right after gathering', *costs.values()), rows), '', _provenance(lines)]
     return '\n'.join(parts)
 
 
-def main_study(lines: List[Dict[str, Any]]) -> str:
-    """The table of the study `main`, with paired differences to dense over equal seeds."""
-    parts = []
-    for images in _unique(lines, 'images'):
-        for epochs in _unique(lines, 'epochs'):
-            group = _select(lines, images=images, epochs=epochs)
-            if not group:
-                continue
-            key = {line['labels']['seed']: line for line in _select(group, variant='dense')}
-            rows = []
-            for variant in _unique(group, 'variant'):
-                runs = _select(group, variant=variant)
-                test = 'test_ema' if 'EMA' in variant else 'test'
-                paired = [(run, key[run['labels']['seed']]) for run in runs if run['labels']['seed'] in key]
-                rows.append((
-                    variant, str(len(runs)), mean_se([run[test]['top1'] for run in runs]),
-                    '' if variant == 'dense' else mean_se([run[test]['top1'] - d['test']['top1'] for run, d in paired]),
-                    mean_se([run[test]['nll'] for run in runs], 3),
-                    '' if variant == 'dense' else mean_se(
-                        [run[test]['nll'] - d['test']['nll'] for run, d in paired], 3),
-                    mean_se([run[test]['ece'] for run in runs], 3)))
-            parts += ['', f'{images:,} training images, {epochs} epochs:', '',
-                      table(('variant', 'seeds', 'top-1', 'to dense', 'NLL', 'to dense', 'ECE'), rows)]
-    return '\n'.join([*parts, '', _provenance(lines)]) if parts else ''
-
-
-def share_rate(lines: List[Dict[str, Any]]) -> str:
-    """The table and the figure of the study `share_rate`."""
-    inits = _unique(lines, 'init')
-    rates = sorted(_unique(lines, 'rate'))
-
-    def column(init: str, rate: float, read: Callable[[Dict[str, Any]], float]) -> List[float]:
-        return [read(line) for line in _select(lines, init=init, rate=rate)]
-
-    def distance(line: Dict[str, Any]) -> float:
-        return statistics.mean(record['distance'] for record in line['experts'])
-
-    header = ['share rate'] + [f'{init}: {what}' for init in inits for what in ('top-1', 'NLL', 'distance to mean')]
-    rows = [[f'{rate:g}'] + [cell for init in inits for cell in (
-        mean_se(column(init, rate, lambda line: line['test']['top1'])),
-        mean_se(column(init, rate, lambda line: line['test']['nll']), 3),
-        mean_se(column(init, rate, distance), 3))] for rate in rates]
-
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.2), layout='constrained')
-    for axis, (what, key) in zip(figure.subplots(1, 2), (('test top-1 (%)', 'top1'), ('test NLL', 'nll'))):
-        for init in inits:
-            values = [column(init, rate, lambda line: line['test'][key]) for rate in rates]
-            means = [statistics.mean(v) if v else float('nan') for v in values]
-            errors = [statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0 for v in values]
-            axis.errorbar(range(len(rates)), means, errors, marker='o', capsize=3, label=f'{init} start')
-        axis.set_xticks(range(len(rates)), [f'{rate:g}' for rate in rates])
-        axis.set_xlabel('share rate')
-        axis.set_ylabel(what)
-        axis.legend()
-    DOCS.mkdir(exist_ok=True)
-    figure.savefig(DOCS / 'share_rate.png', dpi=120)
-    return '\n'.join([table(header, rows), '', '![share rate](share_rate.png)', '', _provenance(lines)])
-
-
-SECTIONS = dict(main=main_study, share_rate=share_rate, gathering=gathering)
+SECTIONS = dict(tune=tune, main=main, share_rate=share_rate, bounded=bounded, finetune=finetune, gated=gated, gathering=gathering)
 
 
 def write() -> None:
     """Write the tables into docs/results.md, each between its two marker lines; the text around them is kept."""
     path = DOCS / 'results.md'
     text = path.read_text()
-    for name, section in SECTIONS.items():
-        lines = read_results(name)
-        start, end = f'<!-- {name}: made by python -m experiments report -->', f'<!-- end of {name} -->'
-        if not lines or start not in text:
+    for results in sorted(RESULTS.glob('*.jsonl')):
+        study, _, name = results.stem.partition('-')
+        lines = read_results(results.stem)
+        start, end = f'<!-- {results.stem}: made by python -m experiments report -->', f'<!-- end of {results.stem} -->'
+        if start not in text:
+            print(f'{results.stem}: docs/results.md has no place for it')
             continue
         before, rest = text.split(start)
-        text = f'{before}{start}\n\n{section(lines)}\n\n{end}{rest.split(end)[1]}'
-        print(f'{name}: {len(lines)} runs')
+        text = f'{before}{start}\n\n{SECTIONS[study](lines, name).strip()}\n\n{end}{rest.split(end)[1]}'
+        print(f'{results.stem}: {len(lines)} runs')
     path.write_text(text)

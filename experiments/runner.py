@@ -5,6 +5,7 @@ A study is a list of stages, a stage a list of `Run`s that may go on at once. Re
 done again, so a study that was stopped goes on where it was. The test set is read once a run, at its end.
 """
 import contextlib
+import csv
 import json
 import os
 import platform
@@ -16,7 +17,22 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+from unittest import mock
+
+import timm
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.data import create_dataset, create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import convert
+import ewa
+import train
+from ewa.moe import RandomPartitionMoE, moe_layers
+
+from .baselines import baseline
 
 RESULTS = Path(__file__).parent / 'results'
 
@@ -31,12 +47,14 @@ class Run:
         labels: What the tables group by, e.g. variant and seed.
         script: `'train'` or `'convert'`.
         source: For `'convert'`: the model folder to convert.
+        baseline: What takes the place of EWA's layers or pull, see `baselines.baseline`.
     """
     name: str
     flags: Dict[str, Any]
     labels: Dict[str, Any] = field(default_factory=dict)
     script: str = 'train'
     source: str = ''
+    baseline: str = ''
 
 
 def arguments(flags: Dict[str, Any]) -> List[str]:
@@ -61,9 +79,6 @@ def read_results(study: str) -> List[Dict[str, Any]]:
 
 def machine() -> Dict[str, Any]:
     """Where a run took place."""
-    import timm
-    import torch
-
     model = ''
     with contextlib.suppress(OSError):
         lines = Path('/proc/cpuinfo').read_text().splitlines()
@@ -74,39 +89,128 @@ def machine() -> Dict[str, Any]:
         torch=str(torch.__version__), timm=timm.__version__)
 
 
-def score(folder: Path, split: Path, batch_size: int = 500) -> Dict[str, float]:
-    """Top-1 (per cent), negative log-likelihood and expected calibration error (15 bins) of a model folder."""
-    import timm
-    import torch
-    from timm.data import create_dataset, create_loader
+class Memory(Dataset):
+    """Keeps the images of a split as they leave the transform, for runs without augmentation; one copy a process."""
 
-    import ewa
+    _kept: Dict[Tuple[str, str], Dict[int, Any]] = {}
 
-    model = ewa.load(folder).eval()
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    model.to(device)
-    config = timm.data.resolve_model_data_config(model)
-    mode = 'L' if config['input_size'][0] == 1 else 'RGB'
-    loader = create_loader(
-        create_dataset('', root=str(split), input_img_mode=mode), config['input_size'], batch_size,
-        use_prefetcher=False, mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'],
-        interpolation=config['interpolation'], num_workers=0, persistent_workers=False)
-    with torch.no_grad():
-        pairs = [(model(images.to(device)).float().cpu(), target) for images, target in loader]
-    logits, target = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+    def __init__(self, dataset: Dataset, key: str) -> None:
+        self.dataset, self.key, self.kept = dataset, key, {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__['dataset'], name)
+
+    @property
+    def transform(self):
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform) -> None:
+        self.dataset.transform = transform
+        self.kept = self._kept.setdefault((self.key, repr(transform)), {})
+
+    def __getitem__(self, index: int):
+        if index not in self.kept:
+            self.kept[index] = self.dataset[index]
+        return self.kept[index]
+
+
+def tensors(split: Path, config: Dict[str, Any], limit: Optional[int] = None) -> Tuple[Tensor, Tensor]:
+    """Images `(n, C, H, W)`, prepared as for validation, and labels `(n,)` of a split, evenly `limit` of them."""
+    dataset = Memory(create_dataset('', root=str(split), input_img_mode='L' if config['input_size'][0] == 1 else 'RGB'),
+                     str(split))
+    dataset.transform = create_transform(
+        config['input_size'], mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'],
+        interpolation=config['interpolation'])
+    count = min(limit or len(dataset), len(dataset))
+    pairs = [dataset[i * len(dataset) // count] for i in range(count)]
+    return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
+    """Logits `(n, K)` on the CPU."""
+    device = next(model.parameters()).device
+    return torch.cat([model(batch.to(device)).float().cpu() for batch in images.split(batch_size)])
+
+
+def figures(logits: Tensor, labels: Tensor) -> Dict[str, float]:
+    """Top-1 (per cent), negative log-likelihood and expected calibration error (15 bins)."""
     confidence, guess = logits.softmax(1).max(1)
-    right = (guess == target).float()
+    right = (guess == labels).float()
     bins = (confidence * 15).long().clamp(max=14)
     gaps = [(right[bins == b].sum() - confidence[bins == b].sum()).abs().item() for b in range(15)]
     return dict(
-        top1=100 * right.mean().item(), nll=torch.nn.functional.cross_entropy(logits, target).item(),
-        ece=sum(gaps) / len(target))
+        top1=100 * right.mean().item(), nll=nn.functional.cross_entropy(logits, labels).item(), ece=sum(gaps) / len(labels))
 
 
-def execute(study: str, run: Run, work: Path, test: Path) -> Dict[str, Any]:
+def score(folder: Path, test: Path, train: Optional[Path] = None) -> Dict[str, Dict[str, float]]:
+    """What is measured on a finished model.
+
+    Args:
+        folder: The model.
+        test: Its test split.
+        train: The split it was trained on, for `'robust'`.
+
+    Returns:
+        `'test'`: figures on the test set. For random-partition layers also `'routed'`: the same on a quarter of
+        the test set with each token through a random expert, as in training; `'dense'`: that quarter by the mean. `'robust'`: figures of the dense form on a quarter of the test set with Gaussian noise
+        of standard deviation 0.5 (of the normalised pixels) on the images, and `sharpness`: the mean rise of the loss on
+        1,000 training images when every matrix is moved a tenth of its norm in a random direction (5 directions).
+    """
+    model = ewa.load(folder).eval().to('cuda' if torch.cuda.is_available() else 'cpu')
+    config = resolve_model_data_config(model)
+    images, labels = tensors(test, config)
+    logits = predict(model, images)
+    result = dict(test=figures(logits, labels))
+    layers = [layer for _, layer in moe_layers(model)]
+    if layers and all(type(layer) is RandomPartitionMoE for layer in layers):
+        result['dense'] = figures(logits[::4], labels[::4])
+        torch.manual_seed(0)
+        for layer in layers:
+            layer.train()
+        result['routed'] = figures(predict(model, images[::4]), labels[::4])
+        model = ewa.to_dense(model).eval()
+    if train is not None and not any(moe_layers(model)):
+        generator = torch.Generator().manual_seed(0)
+        part, part_labels = images[::4], labels[::4]
+        noise = torch.randn(part.shape, generator=generator)
+        robust = {f'noisy_{k}': v for k, v in figures(predict(model, part + 0.5 * noise), part_labels).items()}
+        images, labels = tensors(train, config, 1000)
+        loss = figures(predict(model, images), labels)['nll']
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        weights = [p.detach().clone() for p in matrices]
+        rises = []
+        for _ in range(5):
+            with torch.no_grad():
+                for p, w in zip(matrices, weights):
+                    direction = torch.randn(w.shape, generator=generator).to(w)
+                    p.copy_(w + 0.1 * w.norm() * direction / direction.norm())
+            rises.append(figures(predict(model, images), labels)['nll'] - loss)
+        result['robust'] = dict(robust, train_nll=loss, sharpness=sum(rises) / len(rises))
+    return result
+
+
+def course(folder: Path, points: int = 8) -> Dict[str, List[List[float]]]:
+    """Distance to the mean and cosine of each layer's experts over training, `{name: [[update, value], ...]}`.
+
+    Read from the TensorBoard events of a run, thinned out to about `points` of them.
+    """
+    events = EventAccumulator(str(folder), size_guidance=dict(scalars=0)).Reload()
+    result = {}
+    for tag in events.Tags()['scalars']:
+        if tag.startswith(('experts_distance/', 'experts_cosine/', 'experts_entropy/')):
+            scalars = events.Scalars(tag)
+            chosen = sorted({round(i * (len(scalars) - 1) / max(1, points - 1)) for i in range(points)})
+            result[tag[8:]] = [[scalars[i].step, float(f'{scalars[i].value:.3g}')] for i in chosen]
+    return result
+
+
+def execute(study: str, run: Run, work: Path) -> Dict[str, Any]:
     """Do one run in this process and return its line of results."""
-    import torch
-
     torch.set_num_threads(1)
     output = work / study / run.name
     shutil.rmtree(output, ignore_errors=True)
@@ -114,45 +218,54 @@ def execute(study: str, run: Run, work: Path, test: Path) -> Dict[str, Any]:
     log = output.parent / f'{run.name}.log'
     started = time.time()
     # where the folders were is nobody's business
-    flags = json.loads(json.dumps(run.flags).replace(str(work), 'WORK').replace(str(test.parent), 'DATA'))
+    data = Path(run.flags['data-dir'])
+    test = data / 'test.tar'
+    flags = json.loads(json.dumps(run.flags).replace(str(work), 'WORK').replace(str(data), 'DATA'))
     line = dict(name=run.name, labels=run.labels, script=run.script, flags=flags)
-    with open(log, 'w') as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+    if run.baseline:
+        line['baseline'] = run.baseline
+    opened = train.open_dataset
+
+    def kept_open(args, split, **kwargs):
+        return Memory(opened(args, split, **kwargs), str(Path(args.data_dir) / split))
+
+    with contextlib.ExitStack() as stack:
+        f = stack.enter_context(open(log, 'w'))
+        stack.enter_context(contextlib.redirect_stdout(f))
+        stack.enter_context(contextlib.redirect_stderr(f))
+        stack.enter_context(baseline(run.baseline))
+        if run.flags.get('no-aug') and not run.flags.get('workers'):
+            stack.enter_context(mock.patch.object(train, 'open_dataset', kept_open))
         if run.script == 'train':
-            from train import main
-            main(arguments(dict(run.flags, output=work / study, experiment=run.name)))
-            import csv
+            train.main(arguments(dict(run.flags, output=work / study, experiment=run.name)))
             with open(output / 'summary.csv') as table:
                 rows = list(csv.DictReader(table))
             line['last'] = {k: float(v) for k, v in rows[-1].items() if v}
             columns = ('epoch', 'eval_top1', 'eval_loss', 'train_seconds')
-            line['curve'] = [[float(row[column]) for column in columns] for row in rows]
+            line['curve'] = [[round(float(row[column]), 4) for column in columns] for row in rows]
             shutil.rmtree(output / 'checkpoints')
             shutil.rmtree(output / 'best')
             folder = output / 'last'
+            split = Path(run.flags['data-dir']) / run.flags['train-split']
+            line.update(score(folder, test, split if split.is_file() else None))
+            if (folder / 'ema.safetensors').exists():
+                shutil.move(folder / 'ema.safetensors', folder / 'model.safetensors')
+                line['test_ema'] = score(folder, test)['test']
+            line['experts'] = course(output)
         else:
-            from convert import main
-            main([run.source, *arguments(dict(run.flags, output=output))])
-            folder = output
-        line['test'] = score(folder, test)
-        if run.script == 'train' and (folder / 'ema.safetensors').exists():
-            shutil.move(folder / 'ema.safetensors', folder / 'model.safetensors')
-            line['test_ema'] = score(folder, test)
-        if run.script == 'train':
-            import ewa
-            line['experts'] = ewa.diagnose(ewa.load(folder), align=False)
-            for record in line['experts']:
-                record.pop('similarity', None)
+            convert.main([run.source, *arguments(dict(run.flags, output=output))])
+            line.update(score(output, test))
     return dict(line, seconds=time.time() - started, machine=machine())
 
 
-def _work(study: str, run: Run, work: Path, test: Path) -> Dict[str, Any]:
+def _work(study: str, run: Run, work: Path) -> Dict[str, Any]:
     try:
-        return execute(study, run, work, test)
+        return execute(study, run, work)
     except (Exception, SystemExit) as e:
         raise RuntimeError(f'{run.name} failed: {e!r}\n{traceback.format_exc()[-1500:]}') from None
 
 
-def run_stage(study: str, runs: Sequence[Run], work: Path, test: Path, jobs: int) -> None:
+def run_stage(study: str, runs: Sequence[Run], work: Path, jobs: int) -> None:
     """Do the runs of a stage that have no line of results yet, `jobs` at a time."""
     done = {line['name'] for line in read_results(study)}
     todo = [run for run in runs if run.name not in done]
@@ -160,7 +273,7 @@ def run_stage(study: str, runs: Sequence[Run], work: Path, test: Path, jobs: int
     RESULTS.mkdir(exist_ok=True)
     os.environ['OMP_NUM_THREADS'] = '1'
     with ProcessPoolExecutor(jobs, mp_context=get_context('spawn')) as pool:
-        futures = {pool.submit(_work, study, run, work, test): run for run in todo}
+        futures = {pool.submit(_work, study, run, work): run for run in todo}
         for future in as_completed(futures):
             line = future.result()
             with open(RESULTS / f'{study}.jsonl', 'a') as f:
@@ -168,21 +281,28 @@ def run_stage(study: str, runs: Sequence[Run], work: Path, test: Path, jobs: int
             print(f'{line["name"]}: test top-1 {line["test"]["top1"]:.2f}, {line["seconds"]:.0f} s', flush=True)
 
 
-def subset(source: Path, count: int, target: Path) -> Path:
-    """The first `count` images of a tar, evenly over classes, as another tar; made once."""
+def classes_of(source: Path) -> Dict[str, List[tarfile.TarInfo]]:
+    """Class to images of a tar."""
+    classes: Dict[str, List[tarfile.TarInfo]] = {}
+    with tarfile.open(source) as tar:
+        for member in tar.getmembers():
+            if member.isfile():
+                classes.setdefault(os.path.dirname(member.name), []).append(member)
+    return classes
+
+
+def subset(source: Path, count: Optional[int], target: Path, classes: Optional[Sequence[str]] = None) -> Path:
+    """The first `count` images (None: all) of a tar, evenly over its or the given classes, as another tar; made once."""
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(source) as tar:
-        members = [m for m in tar.getmembers() if m.isfile()]
-        classes: Dict[str, List] = {}
-        for member in members:
-            classes.setdefault(os.path.dirname(member.name), []).append(member)
-        each = -(-count // len(classes))
-        new = target.with_suffix('.new')
-        with tarfile.open(new, 'w') as out:
-            for group in classes.values():
-                for member in group[:each]:
-                    out.addfile(member, tar.extractfile(member))
+    groups = classes_of(source)
+    groups = {name: groups[name] for name in classes or groups}
+    each = None if count is None else -(-count // len(groups))
+    new = target.with_suffix('.new')
+    with tarfile.open(source) as tar, tarfile.open(new, 'w') as out:
+        for group in groups.values():
+            for member in group[:each]:
+                out.addfile(member, tar.extractfile(member))
     os.rename(new, target)
     return target

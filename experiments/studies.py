@@ -1,54 +1,254 @@
-"""The studies: which runs, in which order. Everything that is compared shares seeds, first weights and batches."""
+"""The studies: which runs, in which order. Everything that is compared shares seeds, first weights and batches.
+
+Sizes are numbers of training images, lengths are epochs. Choices (share rate, learning rate, ...) are made on the validation
+split; what the tables show is the test set.
+"""
+import json
+import statistics
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Tuple
 
 from ewa.dense import METHODS
 
-from .runner import Run, subset
+from .runner import Run, classes_of, read_results, subset
 
-# a ViT of 16 patch tokens for 28x28 grey images; no augmentation, so that models can be told apart in minutes
-SMALL = {'patch_size': 7, 'embed_dim': 64, 'depth': 6, 'num_heads': 4}
-FASHION: Dict[str, Any] = {
-    'train-split': 'train.tar', 'val-split': 'val.tar', 'img-size': 28, 'in-chans': 1, 'mean': 0.286, 'std': 0.353,
-    'crop-pct': 1.0, 'no-aug': True, 'smoothing': 0.0, 'batch-size': 100, 'validation-batch-size': 500, 'workers': 0,
-    'model': 'vit_tiny_patch16_224', 'model-kwargs': SMALL, 'lr': 0.002, 'weight-decay': 0.05, 'sched-on-updates': True,
-    'checkpoint-hist': 1, 'log-interval': 100000,
+Flags = Dict[str, Any]
+
+# no augmentation, so that models can be told apart in minutes
+BASE: Flags = {
+    'train-split': 'train.tar', 'val-split': 'val.tar', 'crop-pct': 1.0, 'no-aug': True, 'smoothing': 0.0, 'batch-size': 100,
+    'validation-batch-size': 500, 'workers': 0, 'model': 'vit_tiny_patch16_224', 'lr': 0.002, 'weight-decay': 0.05,
+    'sched-on-updates': True, 'warmup-epochs': 1, 'checkpoint-hist': 1, 'log-interval': 100000, 'opt-kwargs': {'fused': True},
 }
-EXPERTS: Dict[str, Any] = {'num-experts': 4, 'moe-layers': 'all', 'expert-init': 'copy'}
-GATED: Dict[str, Any] = {'num-experts': 8, 'router': 'topk', 'top-k': 2, 'moe-layers': 'every:2', 'expert-init': 'copy'}
+# a ViT of 16 patch tokens
+WIDTH: Flags = {'embed_dim': 64, 'depth': 4, 'num_heads': 4}
+SETS: Dict[str, Flags] = {
+    'fashion': {'img-size': 28, 'in-chans': 1, 'mean': 0.286, 'std': 0.353, 'model-kwargs': dict(WIDTH, patch_size=7)},
+    'digits': {'img-size': 8, 'in-chans': 1, 'mean': 0.305, 'std': 0.376, 'model-kwargs': dict(WIDTH, patch_size=2)},
+    'glyphs': {'img-size': 32, 'in-chans': 1, 'mean': 0.55, 'std': 0.25, 'model-kwargs': dict(WIDTH, patch_size=8)},
+}
+EWA: Flags = {'num-experts': 4, 'moe-layers': 'all', 'expert-init': 'copy', 'share-rate': 0.001}
+GATED: Flags = {'num-experts': 8, 'router': 'topk', 'top-k': 2, 'moe-layers': 'every:2', 'expert-init': 'copy'}
 
 
-def gathering(data: Path, work: Path, seeds: Optional[int]) -> Iterator[List[Run]]:
+@dataclass(frozen=True)
+class Setting:
+    """A data set, and how large the studies are.
+
+    Args:
+        name: Of the set.
+        data: Folder with train.tar, val.tar and test.tar.
+        work: Folder for models, logs and subsets.
+        flags: Of `train.py`, for all runs.
+        size: Training images of the studies that take one size.
+        lengths: Short and long training, epochs at that size.
+        seeds: Number of seeds.
+    """
+    name: str
+    data: Path
+    work: Path
+    flags: Flags
+    size: int
+    lengths: Tuple[int, int]
+    seeds: int
+
+    def train(self, name: str, labels: Flags, size: int, epochs: int, baseline: str = '', **extra) -> Run:
+        """One training on the first `size` images; flags in `extra` with underscores for dashes."""
+        part = subset(self.data / 'train.tar', size, self.work / f'{self.name}-{size}.tar')
+        flags = dict(self.flags, epochs=epochs, seed=labels['seed'], **{
+            'train-split': str(part), 'val-interval': -(-epochs // (4 if epochs > 20 else 2))})
+        flags.update({key.replace('_', '-'): value for key, value in extra.items()})
+        return Run(f'{name}-{size}x{epochs}-{labels["seed"]}'.replace(' ', '-').replace(',', ''), flags,
+                   dict(labels, images=size, epochs=epochs), baseline=baseline)
+
+    def converting(self) -> Flags:
+        """Flags of `convert.py`."""
+        return {'data-dir': str(self.data), 'train-split': 'train.tar', 'val-split': 'val.tar', 'workers': 0}
+
+
+def setting(data: Path, work: Path, gpu: bool, seeds: int) -> Setting:
+    """What is known of a data set, from its `info.json`, or else from its name."""
+    info = data / 'info.json'
+    name = json.loads(info.read_text(encoding='utf-8'))['set'] if info.exists() else data.name
+    flags = dict(BASE, **{'data-dir': str(data)}, **SETS.get(name, {'img-size': 224}))
+    size, lengths = {'digits': (1000, (20, 80))}.get(name, (2000, (10, 40)))
+    if gpu:
+        # ViT-S at the set's own image size, eight times the images, real augmentation
+        small = {'embed_dim': 384, 'depth': 12, 'num_heads': 6}
+        patch = SETS[name]['model-kwargs']['patch_size'] if name in SETS else 16
+        flags.update({
+            'model': 'vit_small_patch16_224', 'model-kwargs': dict(small, patch_size=max(2, patch // 2)), 'lr': 0.001,
+            'batch-size': 256, 'workers': 6, 'amp': True, 'amp-dtype': 'bfloat16', 'warmup-epochs': 5})
+        size, lengths = 16000, (50, 200)
+    return Setting(name, data, work, flags, size, lengths, seeds)
+
+
+def share_rate(s: Setting) -> Iterator[List[Run]]:
+    """The MoE and its dense form over share rates, lengths, schedules, first weights, numbers and places of experts."""
+    short, long = s.lengths
+    seeds = range(s.seeds or 3)
+
+    def run(seed, epochs, rate, schedule='constant', init='copy', experts=4, layers='all'):
+        labels = dict(rate=rate, schedule=schedule, init=init, experts=experts, layers=layers, seed=seed)
+        return s.train(f'{rate:g}-{schedule}-{init}-{experts}-{layers}'.replace(':', ''), labels, s.size, epochs, **dict(
+            EWA, **{'share-rate': rate, 'share-schedule': schedule, 'expert-init': init, 'num-experts': experts,
+                    'moe-layers': layers}))
+
+    rates = (0., 1e-4, 1e-3, 1e-2, .1, .3, .75)
+    yield [run(seed, epochs, rate) for seed in seeds for epochs in (long, short) for rate in rates]
+    # what is less in doubt, with fewer seeds
+    few = seeds[:2]
+    yield [run(seed, long, rate, init='independent') for seed in few for rate in (0., 1e-3, 1e-2, .1, .75)]
+    yield [run(seed, long, 1e-3, experts=experts) for seed in few for experts in (2, 8, 16)] + [
+        run(seed, long, 1e-3, layers=layers) for seed in few for layers in ('every:2', 'last:2')]
+    yield [run(seed, long, rate, schedule) for seed in few for rate in (1e-2, .1, .75) for schedule in ('linear', 'cosine')]
+
+
+FAMILIES: Dict[str, Tuple[Flags, str]] = {
+    'dense': ({}, ''),
+    'EWA': (EWA, ''),
+    'no pull': (dict(EWA, **{'share-rate': 0.}), ''),
+    'learned fusion': (dict(EWA, **{'share-rate': 0., 'expert-init': 'independent'}), 'learned fusion'),
+}
+
+
+def tune(s: Setting) -> Iterator[List[Run]]:
+    """Learning rate, then weight decay, then drop-path of each family, by validation top-1: six runs each."""
+    trials = [('lr', (0.001, 0.002, 0.004)), ('weight-decay', (0.2,)), ('drop-path', (0.1, 0.2))]
+    for stage, (flag, values) in enumerate(trials):
+        runs = []
+        for family, (extra, baseline) in FAMILIES.items():
+            start = {'lr': 0.002, 'weight-decay': 0.05, 'drop-path': 0.}
+            if stage:
+                start.update(chosen(s, family, stage))
+            for value in values:
+                flags = dict(start, **{flag: value})
+                name = f'{family}-{flags["lr"]}-{flags["weight-decay"]}-{flags["drop-path"]}'
+                runs.append(s.train(
+                    name, dict(family=family, stage=stage, seed=100), s.size, s.lengths[1], baseline, **extra, **flags))
+        yield runs
+
+
+def chosen(s: Setting, family: str, stages: int = 3) -> Flags:
+    """Learning rate, weight decay and drop-path with the best validation top-1 of a family in the first stages of `tune`.
+
+    `stages=3` looks at runs with drop-path only.
+    """
+    lines = [line for line in read_results(f'tune-{s.name}') if line['labels']['family'] == family
+             and (line['labels']['stage'] == 2 if stages == 3 else line['labels']['stage'] < stages)]
+    if not lines:
+        raise ValueError(f'no runs of {family} in results/tune-{s.name}.jsonl: run the study tune on this set first')
+    best = max(lines, key=lambda line: line['last']['eval_top1'])
+    return {key: best['flags'][key] for key in ('lr', 'weight-decay', 'drop-path')}
+
+
+def main_study(s: Setting) -> Iterator[List[Run]]:
+    """Does EWA help? Against drop-path, EMA and other forms of weight averaging, each with its tuned flags."""
+    ema = {'model-ema': True, 'model-ema-decay': 0.998, 'model-ema-warmup': True}
+    whole, static = (dict(EWA), 'whole images'), (FAMILIES['learned fusion'][0], 'static fusion')
+    first = [('dense', *FAMILIES['dense'], 'dense', 2, ema), ('EWA', *FAMILIES['EWA'], 'EWA', 2, ema),
+             ('no pull', *FAMILIES['no pull'], 'no pull', 2, {})]
+    first += [(f'{name}, drop-path', *FAMILIES[name], name, 3, {}) for name in ('dense', 'EWA', 'no pull')]
+    others = [('whole images', *whole, 'EWA', 2, {}), ('static fusion', *static, 'learned fusion', 2, {}),
+              ('learned fusion', *FAMILIES['learned fusion'], 'learned fusion', 2, {})]
+    short, long = s.lengths
+    cells = [(s.size, long), (s.size, short), (s.size // 4, long * 5 // 2), (s.size // 4, short * 5 // 2),
+             (s.size * 4, max(1, long * 3 // 10)), (s.size * 4, max(1, short * 3 // 10))]
+    for variants in (first, others):
+        for size, epochs in cells:
+            yield [
+                s.train(name, dict(variant=name, seed=seed), size, epochs, baseline,
+                        **dict(flags, **chosen(s, family, stages), **more))
+                for seed in range(s.seeds or 5) for name, flags, baseline, family, stages, more in variants]
+
+
+def bounded(s: Setting) -> Iterator[List[Run]]:
+    """A bound on the experts' distance to their mean against constant share rates, at two lengths and learning rates.
+
+    Constant rates at the usual learning rate are those of `share_rate`.
+    """
+    seeds, runs = range(s.seeds or 3), []
+    for seed in seeds:
+        for epochs in s.lengths[::-1]:
+            for lr in (s.flags['lr'], s.flags['lr'] / 4):
+                for bound in (0.05, 0.15, 0.45):
+                    runs.append(s.train(f'bound-{bound}-{lr}', dict(bound=bound, lr=lr, seed=seed), s.size, epochs,
+                                        f'bound {bound}', **dict(EWA, lr=lr)))
+            for rate in (0., 1e-3, 1e-2, .1):
+                runs.append(s.train(f'rate-{rate:g}-{lr}', dict(rate=rate, lr=lr, seed=seed), s.size, epochs,
+                                    **dict(EWA, lr=lr, **{'share-rate': rate})))
+    yield runs
+
+
+def finetune(s: Setting) -> Iterator[List[Run]]:
+    """Pretrained on half of the classes, fine-tuned on the others with little data."""
+    seeds = range(s.seeds or 5)
+    names = sorted(classes_of(s.data / 'train.tar'))
+    folders = {}
+    for half, kept in (('first', names[:len(names) // 2]), ('second', names[len(names) // 2:])):
+        folders[half] = s.work / f'{s.name}-{half}'
+        for split in ('train', 'val', 'test'):
+            subset(s.data / f'{split}.tar', None, folders[half] / f'{split}.tar', kept)
+    pretrained = {seed: f'pretrain-{seed}' for seed in seeds}
+    yield [Run(name, dict(s.flags, epochs=4, seed=seed, **{'data-dir': str(folders['first'])}),
+               dict(variant='pretrain', seed=seed)) for seed, name in pretrained.items()]
+    variants = {'dense': {}, 'dense, drop-path': {'drop-path': 0.1}}
+    variants.update({f'EWA {rate:g}' if rate else 'no pull': dict(EWA, **{'share-rate': rate}) for rate in (0., 1e-3, 1e-2, .1)})
+    variants['EWA 0.001, drop-path'] = dict(EWA, **{'drop-path': 0.1})
+    for size in (100, 500):
+        part = subset(folders['second'] / 'train.tar', size, s.work / f'{s.name}-second-{size}.tar')
+        yield [
+            Run(f'{size}-{variant}-{lr}-{seed}'.replace(', ', '-').replace(' ', '-'),
+                dict(s.flags, epochs=30, seed=seed, lr=lr, **{
+                    'batch-size': 50, 'data-dir': str(folders['second']), 'train-split': str(part), 'val-interval': 10,
+                    'initial-checkpoint': str(s.work / f'finetune-{s.name}' / pretrained[seed] / 'last')}, **flags),
+                dict(variant=variant, images=size, lr=lr, seed=seed))
+            for seed in seeds for variant, flags in variants.items() for lr in (5e-4, 2e-3)]
+
+
+def gated(s: Setting) -> Iterator[List[Run]]:
+    """A gated MoE with and without pulls, and what averaging its experts then costs."""
+    seeds = range(s.seeds or 5)
+    rates = {'no pull': {'share-rate': 0.}, 'EWA 0.001': {'share-rate': 1e-3}, 'EWA 0.01': {'share-rate': 1e-2},
+             'EWA 0.1': {'share-rate': .1}, 'EWA 0.01, first half': {'share-rate': 1e-2, 'share-stop-epoch': s.lengths[1] / 2}}
+    runs = [s.train(name, dict(variant=name, kind='moe', seed=seed), s.size, s.lengths[1], **dict(GATED, **flags))
+            for seed in seeds for name, flags in rates.items()]
+    yield runs + [s.train('dense', dict(variant='dense', kind='moe', seed=seed), s.size, s.lengths[1]) for seed in seeds]
+    yield [Run(f'{run.name}-average', dict(s.converting(), method='average'), dict(run.labels, kind='average'), 'convert',
+               str(s.work / f'gated-{s.name}' / run.name / 'last')) for run in runs]
+
+
+def gathering(s: Setting) -> Iterator[List[Run]]:
     """Gated MoE to dense: every gathering, then distillation at three budgets (OneS, arXiv 2201.10890)."""
-    seeds = range(seeds or 3)
-    base = dict(FASHION, **{'data-dir': str(data)})
-    trained = work / 'gathering'
-    full = dict(base, epochs=3, **{'warmup-epochs': 1})
+    seeds = range(s.seeds or 3)
+    trained = s.work / f'gathering-{s.name}'
+    full = dict(s.flags, **FULL.get(s.name, {'epochs': 3}))
     yield [
         Run(f'{kind}-{seed}', dict(full, seed=seed, **extra), dict(kind=kind, seed=seed))
         for seed in seeds
-        for kind, extra in (('moe', GATED), ('dense', {}), ('ewa', dict(EXPERTS, **{'share-rate': 0.001})))
+        for kind, extra in (('moe', GATED), ('dense', {}), ('ewa', EWA))
     ]
     yield [
         Run(f'{method}-{seed}',
-            {'method': method, 'data-dir': str(data), 'train-split': 'train.tar', 'val-split': 'val.tar', 'workers': 0},
+            dict(s.converting(), method=method),
             dict(kind='gathered', method=method, seed=seed), 'convert', str(trained / f'moe-{seed}' / 'last'))
         for seed in seeds for method in METHODS
     ] + [
-        Run(f'ewa-export-{seed}', {'method': 'average'}, dict(kind='ewa-export', seed=seed), 'convert',
+        Run(f'ewa-export-{seed}', dict(s.converting(), method='average'), dict(kind='ewa-export', seed=seed), 'convert',
             str(trained / f'ewa-{seed}' / 'last'))
         for seed in seeds
     ]
     runs = []
     for count in (1000, 5000, 25000):
-        part = subset(data / 'train.tar', count, work / 'gathering' / f'train-{count}.tar')
+        part = subset(s.data / 'train.tar', count, s.work / f'{s.name}-{count}.tar')
         for seed in seeds:
             starts = {method: str(trained / f'{method}-{seed}') for method in METHODS}
             starts.update({
                 'EWA export': str(trained / f'ewa-export-{seed}'), 'dense model': str(trained / f'dense-{seed}' / 'last'),
                 'random start': ''})
             for start, folder in starts.items():
-                flags = dict(base, seed=seed, epochs=1, lr=0.0005 if folder else 0.002, **{
+                flags = dict(s.flags, seed=seed, epochs=1, lr=0.0005 if folder else 0.002, **{
                     'warmup-epochs': 0, 'train-split': str(part), 'initial-checkpoint': folder or None,
                     'teacher': f'local-dir:{trained / f"moe-{seed}" / "last"}', 'kd-temperature': 2.0,
                     'task-loss-weight': 0.5})
@@ -57,40 +257,7 @@ def gathering(data: Path, work: Path, seeds: Optional[int]) -> Iterator[List[Run
     yield runs
 
 
-def main_study(data: Path, work: Path, seeds: Optional[int]) -> Iterator[List[Run]]:
-    """Does EWA help? Dense and EWA with and without drop-path and EMA, on small training sets, at two lengths."""
-    variants: Dict[str, Dict[str, Any]] = {
-        'dense': {},
-        'dense, drop-path': {'drop-path': 0.1},
-        'dense, EMA': {'model-ema': True, 'model-ema-decay': 0.998, 'model-ema-warmup': True},
-        'EWA': dict(EXPERTS, **{'share-rate': 0.001}),
-        'EWA, drop-path': dict(EXPERTS, **{'share-rate': 0.001, 'drop-path': 0.1}),
-        'no pull': dict(EXPERTS, **{'share-rate': 0.0}),
-        'no pull, drop-path': dict(EXPERTS, **{'share-rate': 0.0, 'drop-path': 0.1}),
-    }
-    for count, epochs in ((2000, 40), (2000, 120)):
-        part = subset(data / 'train.tar', count, work / 'main' / f'train-{count}.tar')
-        yield [
-            Run(f'{count}x{epochs}-{variant.replace(", ", "-").replace(" ", "-")}-{seed}',
-                dict(FASHION, epochs=epochs, seed=seed, **{
-                    'warmup-epochs': 2, 'data-dir': str(data), 'val-interval': 10, 'train-split': str(part)}, **extra),
-                dict(variant=variant, images=count, epochs=epochs, seed=seed))
-            for seed in range(seeds or 5) for variant, extra in variants.items()
-        ]
+FULL: Dict[str, Flags] = {}
 
-
-def share_rate(data: Path, work: Path, seeds: Optional[int]) -> Iterator[List[Run]]:
-    """The MoE and its dense form over share rates, for copied and independent first experts."""
-    part = subset(data / 'train.tar', 2000, work / 'share_rate' / 'train-2000.tar')
-    yield [
-        Run(f'{init}-{rate:g}-{seed}',
-            dict(FASHION, epochs=40, seed=seed, **{'warmup-epochs': 2, 'data-dir': str(data), 'val-interval': 10,
-                                                  'train-split': str(part)}, **EXPERTS, **{'share-rate': rate}) |
-            {'expert-init': init},
-            dict(init=init, rate=rate, seed=seed))
-        for seed in range(seeds or 3) for init in ('copy', 'independent')
-        for rate in (0., 1e-4, 1e-3, 1e-2, .1, .3, .75)
-    ]
-
-
-STUDIES = dict(gathering=gathering, main=main_study, share_rate=share_rate)
+STUDIES = dict(
+    share_rate=share_rate, tune=tune, main=main_study, bounded=bounded, finetune=finetune, gated=gated, gathering=gathering)

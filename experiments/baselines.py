@@ -1,0 +1,105 @@
+"""What EWA is compared with, and is no part of the package: other partitions, weight fusion, a bounded distance.
+
+Each is put in the place of a class of `ewa` while a run of `train.py` lasts, so that all else stays the same loop.
+
+Axis legend: `B` images, `N` tokens of an image, `D` width, `E` experts.
+"""
+import contextlib
+from typing import Iterator, List
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import ewa
+import ewa.upcycle
+from ewa.averaging import ExpertAverager
+from ewa.moe import RandomPartitionMoE, mean_state, moe_layers
+from ewa.partition import random_partition
+
+
+class ImagePartitionMoE(RandomPartitionMoE):
+    """All tokens of an image go to the same expert; images are split evenly at random."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, N, D) -> (B, N, D)`."""
+        if not self.training:
+            return super().forward(x)
+        index, inverse, sizes = random_partition(x.shape[0], len(self.experts), x.device)
+        parts = x.index_select(0, index).split(sizes)
+        return torch.cat([expert(part) for expert, part in zip(self.experts, parts)]).index_select(0, inverse)
+
+
+class FusedMoE(RandomPartitionMoE):
+    """Every token passes through the mean of the experts' weights, in training too (after ExFusion, arXiv 2603.27965).
+
+    The gradient of the mean goes to all experts alike, so with AdamW this is a dense FFN in another parametrisation.
+    """
+
+    def weights(self) -> List[Tensor]:
+        return [torch.tensor(1 / len(self.experts))] * len(self.experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., D) -> (..., D)`."""
+        states = [dict(expert.named_parameters()) for expert in self.experts]
+        fused = {key: sum(w * state[key] for w, state in zip(self.weights(), states)) for key in states[0]}
+        return functional_call(self.experts[0], fused, (x,))
+
+
+class LearnedFusionMoE(FusedMoE):
+    """Weight fusion with one learned coefficient an expert, a softmax over `E` scores that start equal."""
+
+    def __init__(self, experts) -> None:
+        super().__init__(experts)
+        self.scores = nn.Parameter(torch.zeros(len(self.experts)))
+
+    def weights(self) -> List[Tensor]:
+        return list(self.scores.softmax(0))
+
+
+class BoundedAverager(ExpertAverager):
+    """Pulls just as much as keeps each layer's experts within a relative distance of their mean.
+
+    With the distance `d = sqrt(mean_e |W_e - W_mean|^2) / |W_mean|` of a layer and the bound `b`, deviations from the mean
+    are multiplied by `min(1, b/d)`: the experts are projected onto the set `d <= b`. The share rate that does this is
+    `(E-1)/E * (1 - b/d)`, a new one for each layer and step; there is nothing else to tune.
+    """
+
+    bound = 0.1
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.steps += 1
+        self.pulls += 1
+        for _, layer in moe_layers(self.model):
+            experts = [list(expert.parameters()) for expert in layer.experts]
+            mean = list(mean_state(layer.experts).values())
+            norm = torch.stack(torch._foreach_norm(mean)).norm()
+            squares = [torch.stack(torch._foreach_norm(torch._foreach_sub(e, mean))).norm() ** 2 for e in experts]
+            distance = (torch.stack(squares).mean()).sqrt() / norm
+            if distance > self.bound:
+                self._pull(experts, float(1 - self.bound / distance))
+
+
+LAYERS = {'whole images': ImagePartitionMoE, 'static fusion': FusedMoE, 'learned fusion': LearnedFusionMoE}
+
+
+@contextlib.contextmanager
+def baseline(name: str) -> Iterator[None]:
+    """Build and train models with a baseline in the place of random partition or of the pull, inside this context.
+
+    Args:
+        name: A key of `LAYERS`, `'bound B'` for `BoundedAverager` with the bound `B`, or '' for nothing.
+    """
+    if name in LAYERS:
+        with mock.patch.object(ewa.upcycle, 'RandomPartitionMoE', LAYERS[name]):
+            yield
+    elif name.startswith('bound '):
+        averager = type('BoundedAverager', (BoundedAverager,), dict(bound=float(name.split()[1])))
+        with mock.patch.object(ewa, 'ExpertAverager', averager):
+            yield
+    elif name:
+        raise ValueError(f'no baseline is called {name!r}; there are {", ".join(LAYERS)} and "bound B"')
+    else:
+        yield

@@ -1,0 +1,231 @@
+"""The driver of the accuracy studies, its baselines and its tables."""
+import json
+import statistics
+import tarfile
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import ewa
+from ewa.diagnostics import distances_to_mean
+from ewa.moe import RandomPartitionMoE, moe_layers
+from experiments import report, runner, studies
+from experiments.baselines import LAYERS, FusedMoE, ImagePartitionMoE, LearnedFusionMoE, baseline
+from experiments.runner import Memory, Run, arguments, figures, run_stage, score, subset
+
+MINI = Path(__file__).parent.parent / 'data' / 'fashion_mini'
+
+
+def vit(**kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(
+        'vit_tiny_patch16_224', img_size=28, in_chans=1, patch_size=7, embed_dim=16, depth=2, num_heads=2, num_classes=10,
+        **kwargs)
+
+
+def experts(count: int = 3, width: int = 8, same: bool = False):
+    torch.manual_seed(1)
+    made = [timm.layers.Mlp(width, 2 * width) for _ in range(count)]
+    if same:
+        for expert in made[1:]:
+            expert.load_state_dict(made[0].state_dict())
+    return made
+
+
+def test_image_partition_sends_an_image_to_one_expert():
+    layer = ImagePartitionMoE(experts(3)).train()
+    x = torch.randn(8, 5, 8)
+    out = layer(x)
+    outputs = torch.stack([expert(x) for expert in layer.experts])  # (E, B, N, D)
+    owner = [[i for i in range(3) if torch.allclose(out[b], outputs[i, b], atol=1e-6)] for b in range(8)]
+    assert all(len(found) == 1 for found in owner)
+    assert sorted(sum(i == found[0] for found in owner) for i in range(3)) == [2, 3, 3]
+
+
+def test_image_partition_evaluates_the_mean():
+    layer = ImagePartitionMoE(experts(3)).eval()
+    x = torch.randn(2, 5, 8)
+    assert torch.equal(layer(x), layer.fuse()(x))
+
+
+def test_static_fusion_is_the_mean_ffn_in_training_too():
+    layer = FusedMoE(experts(3)).train()
+    x = torch.randn(2, 5, 8)
+    assert torch.allclose(layer(x), layer.fuse()(x), atol=1e-6)
+
+
+def test_static_fusion_of_copies_trains_as_the_dense_model_under_plain_gradient_descent():
+    dense, x, y = vit(), torch.randn(6, 1, 28, 28), torch.arange(6)
+    with baseline('static fusion'):
+        fused = ewa.to_moe(vit(), 3, layers='all', init='copy')
+    # each expert gets a third of the gradient of their mean
+    groups = [{'params': [p for n, p in fused.named_parameters() if ('experts' in n) == inside], 'lr': lr}
+              for inside, lr in ((True, 0.3), (False, 0.1))]
+    for model, optimizer in ((dense, torch.optim.SGD(dense.parameters(), 0.1)), (fused, torch.optim.SGD(groups, 0.1))):
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert torch.allclose(dense(x), fused(x), atol=1e-4)
+
+
+def test_learned_fusion_is_the_weighted_ffn_and_learns_its_weights():
+    layer = LearnedFusionMoE(experts(3))
+    with torch.no_grad():
+        layer.scores.copy_(torch.tensor([2., 0., -1.]))
+    x = torch.randn(4, 8)
+    weights = layer.scores.softmax(0)
+    states = [expert.state_dict() for expert in layer.experts]
+    expected = torch.func.functional_call(
+        layer.experts[0], {k: sum(w * s[k] for w, s in zip(weights, states)) for k in states[0]}, (x,))
+    out = layer(x)
+    assert torch.allclose(out, expected, atol=1e-6)
+    out.square().sum().backward()
+    assert layer.scores.grad.abs().max() > 0
+
+
+def test_learned_fusion_of_copies_has_nothing_to_learn():
+    layer = LearnedFusionMoE(experts(3, same=True))
+    layer(torch.randn(4, 8)).square().sum().backward()
+    assert layer.scores.grad.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('bound', [0.05, 0.3])
+def test_bound_holds_exactly_and_keeps_the_mean(bound):
+    model = ewa.to_moe(vit(), 4, layers='all', init='independent')
+    first = next(moe_layers(model))[0]
+    with torch.no_grad():  # one layer within the bound already
+        for expert in model.get_submodule(first).experts[1:]:
+            expert.load_state_dict(model.get_submodule(first).experts[0].state_dict())
+    before = {name: layer.fuse().state_dict() for name, layer in moe_layers(model)}
+    with baseline(f'bound {bound}'):
+        averager = ewa.ExpertAverager(model, 0.)
+    averager.step()
+    distances = distances_to_mean(model)
+    assert distances.pop(first) == 0
+    assert all(distance == pytest.approx(bound, rel=1e-3) for distance in distances.values())
+    for name, layer in moe_layers(model):
+        for key, value in layer.fuse().state_dict().items():
+            assert torch.allclose(value, before[name][key], atol=1e-6)
+
+
+def test_baselines_are_in_place_only_inside_their_context():
+    for name, layer in LAYERS.items():
+        with baseline(name):
+            assert type(next(moe_layers(ewa.to_moe(vit(), 2)))[1]) is layer
+    assert type(next(moe_layers(ewa.to_moe(vit(), 2)))[1]) is RandomPartitionMoE
+    with pytest.raises(ValueError, match='nonsense'), baseline('nonsense'):
+        pass
+
+
+def test_memory_gives_what_the_data_set_gives_and_reads_once():
+    class Counting(torch.utils.data.Dataset):
+        transform, reads = None, 0
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return torch.full((2,), float(index)), index
+
+    inner = Counting()
+    dataset = Memory(inner, 'counting')
+    dataset.transform = 'any'
+    first = [dataset[i] for i in range(3)]
+    again = Memory(inner, 'counting')
+    again.transform = 'any'
+    assert all(torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(first, (again[i] for i in range(3))))
+    assert inner.reads == 3 and inner.transform == 'any'
+    again.transform = 'other'
+    again[0]
+    assert inner.reads == 4
+
+
+def test_arguments_are_a_command_line():
+    line = arguments({'lr': 0.1, 'no-aug': True, 'amp': False, 'aa': None, 'model-kwargs': {'depth': 4}, 'ratio': (1, 2)})
+    assert line == ['--lr', '0.1', '--no-aug', '--model-kwargs', 'depth=4', '--ratio', '1', '2']
+
+
+def test_subset_is_even_over_classes_and_can_keep_some(tmp_path):
+    def counts(path):
+        with tarfile.open(path) as tar:
+            names = [member.name.split('/')[0] for member in tar]
+        return {name: names.count(name) for name in names}
+
+    assert set(counts(subset(MINI / 'val.tar', 50, tmp_path / 'a.tar')).values()) == {5}
+    some = sorted(counts(MINI / 'val.tar'))[1:4]
+    assert counts(subset(MINI / 'val.tar', 9, tmp_path / 'b.tar', some)) == {name: 3 for name in some}
+    assert counts(subset(MINI / 'val.tar', None, tmp_path / 'c.tar', some[:1])) == {some[0]: 100}
+
+
+def test_figures_of_a_calibrated_guess():
+    logits = torch.log(torch.tensor([[0.75, 0.25]] * 4))
+    result = figures(logits, torch.tensor([0, 0, 0, 1]))
+    assert result['top1'] == 75 and result['ece'] == pytest.approx(0, abs=1e-6)
+    assert result['nll'] == pytest.approx(-(3 * torch.log(torch.tensor(0.75)) + torch.log(torch.tensor(0.25))).item() / 4)
+
+
+def line(variant, seed, top1, **labels):
+    return dict(
+        name=f'{variant}-{seed}', labels=dict(labels, variant=variant, seed=seed, images=10, epochs=1), seconds=1.,
+        machine=dict(cpu='some', gpu=None, threads=1, torch='t', timm='t'), test=dict(top1=top1, nll=1 - top1 / 100, ece=0.),
+        curve=[[1, top1, 1., 2.]], last=dict(train_seconds=2., eval_top1=top1))
+
+
+def test_report_pairs_equal_seeds(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, 'DOCS', tmp_path)
+    lines = [line('dense', 0, 70.), line('dense', 1, 80.), line('EWA', 1, 81.), line('EWA', 0, 73.), line('EWA', 2, 20.)]
+    text = report.main(lines, 'some')
+    assert '| dense | 75.00 ± 5.00 |' in text
+    assert '| EWA | +2.00 ± 1.00 |' in text  # seed 2 has no dense partner
+
+
+def test_interval_is_students():
+    values = [1., 2., 3., 4., 5.]
+    low, high = report.interval(values)
+    assert (low + high) / 2 == 3 and (high - low) / 2 == pytest.approx(2.776 * statistics.stdev(values) / 5 ** 0.5, rel=1e-3)
+
+
+def test_choice_is_by_validation(monkeypatch):
+    def trial(lr, drop_path, stage, top1):
+        return dict(labels=dict(family='dense', stage=stage), last=dict(eval_top1=top1), test=dict(top1=0),
+                    flags={'lr': lr, 'weight-decay': 0.05, 'drop-path': drop_path})
+
+    monkeypatch.setattr(studies, 'read_results', lambda name: [
+        trial(0.1, 0., 0, 70.), trial(0.2, 0., 0, 72.), trial(0.2, 0.1, 2, 71.), trial(0.2, 0.2, 2, 69.)])
+    setting = studies.setting(Path('some'), Path('work'), False, None)
+    assert studies.chosen(setting, 'dense', 2) == {'lr': 0.2, 'weight-decay': 0.05, 'drop-path': 0.}
+    assert studies.chosen(setting, 'dense', 3) == {'lr': 0.2, 'weight-decay': 0.05, 'drop-path': 0.1}
+    with pytest.raises(ValueError, match='run the study tune'):
+        studies.chosen(setting, 'no pull')
+
+
+@pytest.mark.slow
+def test_stage_runs_scores_and_resumes(tmp_path, monkeypatch, capsys):
+    data = tmp_path / 'fashion'
+    data.mkdir()
+    for split, source in (('train', 'train'), ('val', 'val'), ('test', 'val')):
+        subset(MINI / f'{source}.tar', 200, data / f'{split}.tar')
+    monkeypatch.setattr(runner, 'RESULTS', tmp_path / 'results')
+    setting = studies.setting(data, tmp_path / 'work', False, None)
+    runs = [setting.train(variant, dict(variant=variant, seed=0), 200, 2, kind, **flags) for variant, flags, kind in (
+        ('dense', {'model-ema': True}, ''), ('EWA', studies.EWA, ''), ('learned', studies.EWA, 'learned fusion'))]
+    convert = Run('average', dict(setting.converting(), method='average'), dict(seed=0), 'convert',
+                  str(tmp_path / 'work' / 'some' / runs[1].name / 'last'))
+    run_stage('some', runs, setting.work, 1)
+    run_stage('some', [*runs, convert], setting.work, 1)
+    assert '3 of 4 runs are done' in capsys.readouterr().out
+    lines = {entry['name']: entry for entry in map(json.loads, (tmp_path / 'results/some.jsonl').read_text().splitlines())}
+    assert len(lines) == 4 and str(tmp_path) not in json.dumps(lines)
+    dense, moe, learned = (lines[run.name] for run in runs)
+    assert set(dense['test']) == {'top1', 'nll', 'ece'} and 'test_ema' in dense and 'routed' not in dense
+    assert moe['routed'] != moe['dense'] and moe['robust'].keys() == dense['robust'].keys() and 'routed' not in learned
+    assert moe['experts']['distance/blocks.0.mlp'][-1][1] > 0
+    # exported, it is the same model
+    assert lines['average']['test'] == pytest.approx(moe['test'], rel=1e-5)
+    folder = tmp_path / 'work' / 'some' / runs[1].name / 'last'
+    assert score(folder, data / 'test.tar')['test'] == pytest.approx(moe['test'], rel=1e-5)
