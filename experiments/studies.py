@@ -26,7 +26,7 @@ WIDTH: Flags = {'embed_dim': 64, 'depth': 4, 'num_heads': 4}
 SETS: Dict[str, Flags] = {
     'fashion': {'img-size': 28, 'in-chans': 1, 'mean': 0.286, 'std': 0.353, 'model-kwargs': dict(WIDTH, patch_size=7)},
     'digits': {'img-size': 8, 'in-chans': 1, 'mean': 0.305, 'std': 0.376, 'model-kwargs': dict(WIDTH, patch_size=2)},
-    'glyphs': {'img-size': 32, 'in-chans': 1, 'mean': 0.55, 'std': 0.25, 'model-kwargs': dict(WIDTH, patch_size=8)},
+    'glyphs': {'img-size': 32, 'in-chans': 1, 'mean': 0.63, 'std': 0.18, 'lr': 0.001, 'model-kwargs': dict(WIDTH, patch_size=8)},
 }
 EWA: Flags = {'num-experts': 4, 'moe-layers': 'all', 'expert-init': 'copy', 'share-rate': 0.001}
 GATED: Flags = {'num-experts': 8, 'router': 'topk', 'top-k': 2, 'moe-layers': 'every:2', 'expert-init': 'copy'}
@@ -72,14 +72,15 @@ def setting(data: Path, work: Path, gpu: bool, seeds: int) -> Setting:
     info = data / 'info.json'
     name = json.loads(info.read_text(encoding='utf-8'))['set'] if info.exists() else data.name
     flags = dict(BASE, **{'data-dir': str(data)}, **SETS.get(name, {'img-size': 224}))
-    size, lengths = {'digits': (1000, (20, 80))}.get(name, (2000, (10, 40)))
+    size, lengths = {'digits': (1000, (20, 80)), 'glyphs': (8000, (10, 40))}.get(name, (2000, (10, 40)))
     if gpu:
-        # ViT-S at the set's own image size, eight times the images, real augmentation
+        # ViT-S on patches of half the side, eight times the images, augmentation; no flips, for characters
         small = {'embed_dim': 384, 'depth': 12, 'num_heads': 6}
         patch = SETS[name]['model-kwargs']['patch_size'] if name in SETS else 16
         flags.update({
             'model': 'vit_small_patch16_224', 'model-kwargs': dict(small, patch_size=max(2, patch // 2)), 'lr': 0.001,
-            'batch-size': 256, 'workers': 6, 'amp': True, 'amp-dtype': 'bfloat16', 'warmup-epochs': 5})
+            'batch-size': 256, 'workers': 6, 'amp': True, 'amp-dtype': 'bfloat16', 'warmup-epochs': 5, 'no-aug': False,
+            'hflip': 0.0, 'scale': (0.6, 1.0), 'aa': 'rand-m7-mstd0.5', 'reprob': 0.1, 'smoothing': 0.1})
         size, lengths = 16000, (50, 200)
     return Setting(name, data, work, flags, size, lengths, seeds)
 
@@ -115,11 +116,11 @@ FAMILIES: Dict[str, Tuple[Flags, str]] = {
 
 def tune(s: Setting) -> Iterator[List[Run]]:
     """Learning rate, then weight decay, then drop-path of each family, by validation top-1: six runs each."""
-    trials = [('lr', (0.001, 0.002, 0.004)), ('weight-decay', (0.2,)), ('drop-path', (0.1, 0.2))]
+    trials = [('lr', [s.flags['lr'] * factor for factor in (0.5, 1, 2)]), ('weight-decay', (0.2,)), ('drop-path', (0.1, 0.2))]
     for stage, (flag, values) in enumerate(trials):
         runs = []
         for family, (extra, baseline) in FAMILIES.items():
-            start = {'lr': 0.002, 'weight-decay': 0.05, 'drop-path': 0.}
+            start = {'lr': s.flags['lr'], 'weight-decay': 0.05, 'drop-path': 0.}
             if stage:
                 start.update(chosen(s, family, stage))
             for value in values:
@@ -223,7 +224,7 @@ def gathering(s: Setting) -> Iterator[List[Run]]:
     """Gated MoE to dense: every gathering, then distillation at three budgets (OneS, arXiv 2201.10890)."""
     seeds = range(s.seeds or 3)
     trained = s.work / f'gathering-{s.name}'
-    full = dict(s.flags, **FULL.get(s.name, {'epochs': 3}))
+    full = dict(s.flags, epochs=5 if s.name == 'glyphs' else 3)
     yield [
         Run(f'{kind}-{seed}', dict(full, seed=seed, **extra), dict(kind=kind, seed=seed))
         for seed in seeds
@@ -248,7 +249,7 @@ def gathering(s: Setting) -> Iterator[List[Run]]:
                 'EWA export': str(trained / f'ewa-export-{seed}'), 'dense model': str(trained / f'dense-{seed}' / 'last'),
                 'random start': ''})
             for start, folder in starts.items():
-                flags = dict(s.flags, seed=seed, epochs=1, lr=0.0005 if folder else 0.002, **{
+                flags = dict(s.flags, seed=seed, epochs=1, lr=s.flags['lr'] / 4 if folder else s.flags['lr'], **{
                     'warmup-epochs': 0, 'train-split': str(part), 'initial-checkpoint': folder or None,
                     'teacher': f'local-dir:{trained / f"moe-{seed}" / "last"}', 'kd-temperature': 2.0,
                     'task-loss-weight': 0.5})
@@ -257,7 +258,6 @@ def gathering(s: Setting) -> Iterator[List[Run]]:
     yield runs
 
 
-FULL: Dict[str, Flags] = {}
 
 STUDIES = dict(
     share_rate=share_rate, tune=tune, main=main_study, bounded=bounded, finetune=finetune, gated=gated, gathering=gathering)

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ewa.data import SeededDataset, check_classes, class_names, eval_loader, open_dataset, seed_all, train_loader
 from ewa.options import train_parser
@@ -186,3 +186,19 @@ def test_seeds_are_independent_streams():
         seen[key] = first
     for values in zip(*(seen[key] for key in seen if key != (0, 0))):
         assert len(set(values)) == len(values)
+
+
+def test_images_are_seeded_without_touching_accelerators(monkeypatch):
+    class Drawing(Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return draws()
+
+    seed_all(5, 1, 3, 1)
+    expected = draws()
+    monkeypatch.setattr(torch, 'manual_seed', None)
+    dataset = SeededDataset(Drawing(), 5)
+    dataset.set_epoch(3)
+    assert dataset[1] == expected

@@ -12,6 +12,7 @@ from torch import nn
 import ewa
 from ewa.diagnostics import distances_to_mean
 from ewa.moe import RandomPartitionMoE, moe_layers
+from ewa.options import convert_parser, train_parser
 from experiments import report, runner, studies
 from experiments.baselines import LAYERS, FusedMoE, ImagePartitionMoE, LearnedFusionMoE, baseline
 from experiments.runner import Memory, Run, arguments, figures, run_stage, score, subset
@@ -202,6 +203,23 @@ def test_choice_is_by_validation(monkeypatch):
     assert studies.chosen(setting, 'dense', 3) == {'lr': 0.2, 'weight-decay': 0.05, 'drop-path': 0.1}
     with pytest.raises(ValueError, match='run the study tune'):
         studies.chosen(setting, 'no pull')
+
+
+@pytest.mark.parametrize('gpu', [False, True])
+@pytest.mark.parametrize('study', studies.STUDIES)
+def test_every_run_of_a_study_is_a_command_line_of_the_scripts(study, gpu, tmp_path, monkeypatch):
+    data = tmp_path / 'fashion'
+    data.mkdir()
+    for split in ('train', 'val', 'test'):
+        subset(MINI / 'val.tar', None, data / f'{split}.tar')
+    monkeypatch.setattr(studies, 'chosen', lambda *_: {'lr': 0.1, 'weight-decay': 0.2, 'drop-path': 0.3})
+    setting = studies.setting(data, tmp_path / 'work', gpu, None)
+    runs = [run for stage in studies.STUDIES[study](setting) for run in stage]
+    assert len({run.name for run in runs}) == len(runs)
+    for run in runs:
+        parser = train_parser() if run.script == 'train' else convert_parser()
+        args = parser.parse_args([run.source] * bool(run.source) + arguments(dict(run.flags, output='out')))
+        assert getattr(args, 'seed', run.labels['seed']) == run.labels['seed']
 
 
 @pytest.mark.slow
