@@ -84,7 +84,7 @@ def _error_bars(axis, columns: Sequence[Any], groups: Dict[str, List[List[float]
     axis.set_xticks(range(len(columns)), [f'{column:g}' for column in columns], fontsize=8)
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=7)
 
 
 def tune(lines: Lines, name: str) -> str:
@@ -135,6 +135,19 @@ def main(lines: Lines, name: str) -> str:
     seeds = {cell: sorted({n for n in (len(groups[v][cell]) for v in order) if n}) for cell in cells}
     parts += ['', 'Columns: training images x epochs. First row: the score of the dense model; others: paired differences to '
               'it. Seeds per cell: ' + ', '.join(f'{i:,} x {e}: {"-".join(map(str, n))}' for (i, e), n in seeds.items()) + '.']
+    rows = []
+    for first, second in (('EWA', 'dense'), ('EWA, drop-path', 'dense, drop-path'), ('no pull, drop-path', 'dense, drop-path')):
+        for cell in cells:
+            row = [f'{first} - {second}', f'{cell[0]:,} x {cell[1]}']
+            for key, digits in (('top1', 2), ('nll', 3)):
+                found = _paired(*(_by_seed(groups.get(v, {}).get(cell, []), _test(key)) for v in (first, second)))
+                if len(found) > 1:
+                    row += [f'{statistics.mean(found):+.{digits}f}', '{:+.{d}f} to {:+.{d}f}'.format(*interval(found), d=digits)]
+            if len(row) > 2:
+                rows.append([*row, str(len(found))])
+    if rows:
+        parts += ['', 'Like against like, 95 % intervals (Student, over seeds):', '',
+                  table(('difference', 'cell', 'top-1', 'interval', 'NLL', 'interval', 'seeds'), rows)]
     parts += ['', time_to_accuracy(groups, cells, name), '', robustness(groups, cells), '', _provenance(lines)]
     return '\n'.join(parts)
 
@@ -168,8 +181,8 @@ def time_to_accuracy(groups: Dict[str, Dict[Tuple[int, int], Lines]], cells: Seq
 
 
 def robustness(groups: Dict[str, Dict[Tuple[int, int], Lines]], cells: Sequence[Tuple[int, int]]) -> str:
-    """Noise on test images, and sharpness, in the cell with most of the robust figures."""
-    cell = max(cells, key=lambda c: sum('robust' in line for group in groups.values() for line in group[c]))
+    """Noise on test images, and sharpness, in the longest cell of those with most runs."""
+    cell = max(cells, key=lambda c: (sum('robust' in line for group in groups.values() for line in group[c]), c[0] * c[1]))
     header = ('variant', 'top-1, noisy images', 'NLL, noisy images', 'training loss', 'sharpness')
     rows = []
     for variant, group in groups.items():
