@@ -12,7 +12,6 @@ ViT.
 import json
 import logging
 import math
-import os
 import sys
 import time
 from datetime import datetime

@@ -27,9 +27,8 @@ def main() -> None:
     if args.data is None or not (args.data / 'test.tar').is_file():
         parser.error('--data must be a folder with train.tar, val.tar and test.tar (python -m experiments.data)')
     s = setting(args.data.resolve(), args.work.resolve(), args.gpu, args.seeds)
-    name = f'{args.study}-{s.name}' + '-gpu' * args.gpu
     for stage in STUDIES[args.study](s):
-        run_stage(name, stage, s.work, args.jobs)
+        run_stage(s.study(args.study), stage, s.work, args.jobs)
 
 
 if __name__ == '__main__':

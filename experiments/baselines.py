@@ -61,9 +61,9 @@ class LearnedFusionMoE(FusedMoE):
 class BoundedAverager(ExpertAverager):
     """Pulls just as much as keeps each layer's experts within a relative distance of their mean.
 
-    With the distance `d = sqrt(mean_e |W_e - W_mean|^2) / |W_mean|` of a layer and the bound `b`, deviations from the mean
-    are multiplied by `min(1, b/d)`: the experts are projected onto the set `d <= b`. The share rate that does this is
-    `(E-1)/E * (1 - b/d)`, a new one for each layer and step; there is nothing else to tune.
+    With the distance `d = sqrt(mean_e |W_e - W_mean|^2) / |W_mean|` of a layer and the bound `b`, deviations from the
+    mean are multiplied by `min(1, b/d)`: the experts are projected onto the set `d <= b`. The share rate that does this
+    is `(E-1)/E * (1 - b/d)`, a new one for each layer and step; there is nothing else to tune.
     """
 
     bound = 0.1

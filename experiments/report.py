@@ -1,6 +1,7 @@
 """Tables and figures of docs/results.md, made from the lines in experiments/results and nothing else."""
 import statistics
 from pathlib import Path
+from textwrap import fill
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 from matplotlib.figure import Figure
@@ -66,8 +67,12 @@ def _provenance(lines: Lines) -> str:
         f'{line["machine"]["torch"]}, timm {line["machine"]["timm"]}' for line in lines))
     seeds = sorted({line['labels']['seed'] for line in lines})
     hours = sum(line['seconds'] for line in lines) / 3600
-    return (f'{len(lines)} runs, seeds {", ".join(map(str, seeds))}; {"; ".join(machines)}; {hours:.1f} hours. Mean ± '
-            f'standard error over seeds, test set.')
+    return _wrap(f'{len(lines)} runs, seeds {", ".join(map(str, seeds))}; {"; ".join(machines)}; {hours:.1f} hours of '
+                 f'runs. Mean ± standard error over seeds, test set.')
+
+
+def _wrap(text: str) -> str:
+    return fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _save(figure: Figure, name: str, alt: str) -> str:
@@ -99,7 +104,8 @@ def tune(lines: Lines, name: str) -> str:
                 ', '.join(f'{best["flags"][key]:g}' for key in ('lr', 'weight-decay', 'drop-path')),
                 f'{best["last"]["eval_top1"]:.2f}']
         rows.append(cells)
-    return table(('family', 'runs', 'lr, weight decay, drop-path', 'val top-1', 'the same with drop-path', 'val top-1'), rows)
+    header = ('family', 'runs', 'lr, weight decay, drop-path', 'val top-1', 'with drop-path', 'val top-1')
+    return '\n'.join([table(header, rows), '', _provenance(lines)])
 
 
 def main(lines: Lines, name: str) -> str:
@@ -119,7 +125,8 @@ def main(lines: Lines, name: str) -> str:
         if any('test_ema' in line for group in groups[variant].values() for line in group):
             variants.append(f'{variant}, EMA')
     parts = []
-    for key, what, digits in (('top1', 'Top-1 (%)', 2), ('nll', 'Negative log-likelihood', 3), ('ece', 'Calibration error', 3)):
+    for key, what, digits in (
+            ('top1', 'Top-1 (%)', 2), ('nll', 'Negative log-likelihood', 3), ('ece', 'Calibration error', 3)):
         rows = []
         for variant in variants:
             base, reader = read(variant, key)
@@ -130,69 +137,93 @@ def main(lines: Lines, name: str) -> str:
                 row.append(mean_se(list(scores.values()), digits) if variant == 'dense' else
                            mean_se(_paired(scores, dense), digits, sign=True))
             rows.append(row)
-        header = (what, *(f'{images:,} x {epochs}' for images, epochs in cells))
-        parts += ['', table(header, rows)]
-    seeds = {cell: sorted({n for n in (len(groups[v][cell]) for v in order) if n}) for cell in cells}
-    parts += ['', 'Columns: training images x epochs. First row: the score of the dense model; others: paired differences to '
-              'it. Seeds per cell: ' + ', '.join(f'{i:,} x {e}: {"-".join(map(str, n))}' for (i, e), n in seeds.items()) + '.']
+        parts += ['', table((what, *(f'{images:,} x {epochs}' for images, epochs in cells)), rows)]
+    counts = {cell: sorted({n for n in (len(groups[v][cell]) for v in order) if n}) for cell in cells}
+    parts += ['', _wrap(
+        'Columns: training images x epochs. First row: the score of the dense model; others: paired differences to it. '
+        'Seeds: ' + ', '.join(f'{i:,} x {e}: {" or ".join(map(str, n))}' for (i, e), n in counts.items()) + '.')]
+    parts += ['', comparisons(groups, cells), '', time_to_accuracy(groups, cells, name), '', robustness(groups, cells)]
+    return '\n'.join([*parts, '', _provenance(lines)])
+
+
+Groups = Dict[str, Dict[Tuple[int, int], Lines]]
+Cells = Sequence[Tuple[int, int]]
+PAIRS = (('EWA', 'dense'), ('EWA, drop-path', 'dense, drop-path'), ('EWA', 'dense, drop-path'),
+         ('no pull, drop-path', 'dense, drop-path'), ('EWA, drop-path', 'no pull, drop-path'))
+
+
+def comparisons(groups: Groups, cells: Cells) -> str:
+    """Paired differences of single pairs, with intervals."""
+    def with_interval(values: List[float], digits: int) -> str:
+        low, high = interval(values)
+        return f'{statistics.mean(values):+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})'
+
     rows = []
-    for first, second in (('EWA', 'dense'), ('EWA, drop-path', 'dense, drop-path'), ('no pull, drop-path', 'dense, drop-path')):
+    for first, second in PAIRS:
         for cell in cells:
-            row = [f'{first} - {second}', f'{cell[0]:,} x {cell[1]}']
-            for key, digits in (('top1', 2), ('nll', 3)):
-                found = _paired(*(_by_seed(groups.get(v, {}).get(cell, []), _test(key)) for v in (first, second)))
-                if len(found) > 1:
-                    row += [f'{statistics.mean(found):+.{digits}f}', '{:+.{d}f} to {:+.{d}f}'.format(*interval(found), d=digits)]
-            if len(row) > 2:
-                rows.append([*row, str(len(found))])
-    if rows:
-        parts += ['', 'Like against like, 95 % intervals (Student, over seeds):', '',
-                  table(('difference', 'cell', 'top-1', 'interval', 'NLL', 'interval', 'seeds'), rows)]
-    parts += ['', time_to_accuracy(groups, cells, name), '', robustness(groups, cells), '', _provenance(lines)]
-    return '\n'.join(parts)
+            pair = [groups.get(variant, {}).get(cell, []) for variant in (first, second)]
+            found = [_paired(*(_by_seed(group, read) for group in pair)) for read in (
+                _test('top1'), _test('nll'), lambda line: min(point[2] for point in line['curve']))]
+            if len(found[0]) > 1:
+                rows.append((f'{first} - {second}', f'{cell[0]:,} x {cell[1]}', *(
+                    with_interval(values, digits) for values, digits in zip(found, (2, 3, 3))), str(len(found[0]))))
+    header = ('difference', 'cell', 'top-1', 'NLL', 'validation loss where it was lowest', 'seeds')
+    return '95 % intervals (Student, over seeds):\n\n' + table(header, rows)
 
 
-def time_to_accuracy(groups: Dict[str, Dict[Tuple[int, int], Lines]], cells: Sequence[Tuple[int, int]], name: str) -> str:
+def time_to_accuracy(groups: Groups, cells: Cells, name: str) -> str:
     """Validation accuracy and loss against training time, dense and EWA, for each size's longest training."""
     longest = [cell for cell in cells if cell[1] == max(epochs for images, epochs in cells if images == cell[0])]
-    figure = Figure(figsize=(4 * len(longest), 5.2), layout='constrained')
+    figure = Figure(figsize=(5 * len(longest), 5.6), layout='constrained')
     axes = figure.subplots(2, len(longest), squeeze=False)
-    ratios = []
+    notes = []
     for column, cell in enumerate(longest):
-        for variant in ('dense', 'dense, drop-path', 'EWA', 'EWA, drop-path'):
-            curves = [line['curve'] for line in groups.get(variant, {}).get(cell, [])]
-            if not curves:
-                continue
-            mean = [[statistics.mean(values) for values in zip(*points)] for points in zip(*curves)]
+        curves = {variant: _by_seed(groups.get(variant, {}).get(cell, []), lambda line: line['curve'])
+                  for variant in ('dense', 'dense, drop-path', 'EWA', 'EWA, drop-path', 'no pull, drop-path')}
+        curves = {variant: found for variant, found in curves.items() if found}
+        common = set.intersection(*(set(found) for found in curves.values()))
+        for variant, found in curves.items():
+            points = zip(*(found[seed] for seed in common))
+            mean = [[statistics.mean(values) for values in zip(*point)] for point in points]
             for axis, index in zip(axes[:, column], (1, 2)):
-                axis.plot([point[3] for point in mean], [point[index] for point in mean], marker='o', markersize=3,
-                          label=variant)
-        axes[0, column].set_title(f'{cell[0]:,} images x {cell[1]}', fontsize=9)
+                axis.plot([p[3] for p in mean], [p[index] for p in mean], marker='o', markersize=3, label=variant)
+        axes[0, column].set_title(f'{cell[0]:,} images x {cell[1]} epochs', fontsize=9)
         axes[0, column].set_ylabel('validation top-1 (%)')
         axes[1, column].set_ylabel('validation loss')
         axes[1, column].set_xlabel('seconds of training')
-        seconds = [_by_seed(groups.get(v, {}).get(cell, []), lambda line: line['last']['train_seconds'])
-                   for v in ('EWA, drop-path', 'dense, drop-path')]
-        ratios += [seconds[0][seed] / seconds[1][seed] for seed in seconds[0] if seed in seconds[1]]
+        seconds = [_by_seed(groups.get(variant, {}).get(cell, []), lambda line: line['last']['train_seconds'])
+                   for variant in ('EWA, drop-path', 'dense, drop-path')]
+        ratios = [seconds[0][seed] / seconds[1][seed] for seed in seconds[0] if seed in seconds[1]]
+        notes.append(f'{cell[0]:,} x {cell[1]}: {mean_se(ratios)}' if ratios else '')
     axes[0, 0].legend(fontsize=7)
     picture = _save(figure, f'time_{name}', 'validation accuracy and loss against training time')
-    note = f'Training time of EWA over dense, both with drop-path, same seed: {mean_se(ratios)}.' if ratios else ''
-    return f'Time to accuracy: mean curves over seeds. {note}\n\n{picture}'
+    note = ', '.join(filter(None, notes))
+    return _wrap('Time to accuracy, mean curves over seeds. Training time of EWA over dense, both with drop-path, same '
+                 f'seed: {note}.') + f'\n\n{picture}'
 
 
-def robustness(groups: Dict[str, Dict[Tuple[int, int], Lines]], cells: Sequence[Tuple[int, int]]) -> str:
+def robustness(groups: Groups, cells: Cells) -> str:
     """Noise on test images, and sharpness, in the longest cell of those with most runs."""
-    cell = max(cells, key=lambda c: (sum('robust' in line for group in groups.values() for line in group[c]), c[0] * c[1]))
-    header = ('variant', 'top-1, noisy images', 'NLL, noisy images', 'training loss', 'sharpness')
+    def scored(cell: Tuple[int, int]) -> int:
+        return sum('robust' in line for group in groups.values() for line in group[cell])
+
+    cell = max(cells, key=lambda c: (scored(c), c[0] * c[1]))
+    dense = {line['labels']['seed']: line['robust'] for line in groups['dense'][cell] if 'robust' in line}
+    keys = (('noisy_top1', 2), ('noisy_nll', 3), ('train_nll', 4), ('sharpness', 4))
     rows = []
     for variant, group in groups.items():
-        lines = [line for line in group[cell] if 'robust' in line]
-        if lines:
-            rows.append([variant] + [mean_se([line['robust'][key] for line in lines], digits) for key, digits in (
-                ('noisy_top1', 2), ('noisy_nll', 3), ('train_nll', 4), ('sharpness', 4))])
-    return (f'Robustness, {cell[0]:,} images x {cell[1]} epochs. Noise: Gaussian, standard deviation 0.5 of the normalised '
-            'pixels, a quarter of the test set. Sharpness: mean rise of the training loss when each matrix of the dense form '
-            'moves a tenth of its norm in a random direction.\n\n' + table(header, rows))
+        found = {line['labels']['seed']: line['robust'] for line in group[cell] if 'robust' in line}
+        if found:
+            paired = [(found[seed], dense[seed]) for seed in found if seed in dense]
+            rows.append([variant] + [
+                mean_se([d[key] for d, _ in paired], digits) if variant == 'dense' else
+                mean_se([f[key] - d[key] for f, d in paired], digits, sign=True) for key, digits in keys])
+    intro = _wrap(
+        f'Robustness, {cell[0]:,} images x {cell[1]} epochs; below dense, paired differences to it. Noise: Gaussian, '
+        'standard deviation 0.5 of the normalised pixels, a quarter of the test set. Sharpness: mean rise of the '
+        'training loss when each matrix of the dense form moves a tenth of its norm in a random direction.')
+    header = ('variant', 'top-1, noisy images', 'NLL, noisy images', 'training loss', 'sharpness')
+    return f'{intro}\n\n{table(header, rows)}'
 
 
 def share_rate(lines: Lines, name: str) -> str:
@@ -212,6 +243,12 @@ def share_rate(lines: Lines, name: str) -> str:
         return [read(line) for line in groups[label] if line['labels']['rate'] == rate]
 
     rows = []
+    for epochs in lengths:
+        dense = _select(lines, variant='dense', epochs=epochs)
+        if dense:
+            rows.append((
+                f'dense, {epochs} epochs', '', str(len(dense)), mean_se([d['last']['eval_top1'] for d in dense]),
+                mean_se([d['test']['top1'] for d in dense]), mean_se([d['test']['nll'] for d in dense], 3), '', '', ''))
     for label in groups:
         for rate in rates:
             cells = values(label, rate, _test('top1'))
@@ -223,14 +260,15 @@ def share_rate(lines: Lines, name: str) -> str:
                     mean_se(values(label, rate, lambda line: line['routed']['top1'] - line['dense']['top1']), 2, True),
                     mean_se(values(label, rate, lambda line: line['routed']['nll'] - line['dense']['nll']), 3, True),
                     mean_se(values(label, rate, distance), 3)))
-    parts = [table(('setting', 'share rate', 'seeds', 'val top-1', 'test top-1', 'test NLL', 'top-1 of the MoE itself, to dense',
-                    'its NLL, to dense', 'distance to mean'), rows)]
+    parts = [table(('setting', 'share rate', 'seeds', 'val top-1', 'test top-1', 'test NLL',
+                    'top-1 of the MoE itself minus that', 'NLL likewise', 'distance to mean'), rows)]
     figure = Figure(figsize=(11, 3.4), layout='constrained')
     axes = figure.subplots(1, 3)
     for axis, (what, read) in zip(axes, (('test top-1 (%)', _test('top1')), ('test NLL', _test('nll')),
                                         ('distance to mean', distance))):
         _error_bars(axis, rates, {
-            label: [values(label, rate, read) for rate in rates] for label in groups if groups[label]}, 'share rate', what)
+            label: [values(label, rate, read) for rate in rates] for label in groups if groups[label]},
+            'share rate', what)
     parts += ['', _save(figure, f'share_rate_{name}', 'accuracy, loss and distance over share rates')]
 
     rows = []
@@ -239,17 +277,21 @@ def share_rate(lines: Lines, name: str) -> str:
     others.update({f'layers {where}': _select(lines, rate=1e-3, layers=where) for where in ('every:2', 'last:2')})
     for label, group in {'4 experts, all layers': base, **others}.items():
         if group:
-            rows.append((label, str(len(group)), mean_se([line['test']['top1'] for line in group]),
-                         mean_se([line['test']['nll'] for line in group], 3), mean_se([distance(line) for line in group], 3)))
+            rows.append((label, str(len(group)), mean_se([line['last']['eval_top1'] for line in group]),
+                         mean_se([line['test']['top1'] for line in group]),
+                         mean_se([line['test']['nll'] for line in group], 3),
+                         mean_se([distance(line) for line in group], 3)))
     if rows:
         parts += ['', f'Experts and layers, share rate 0.001, {lengths[-1]} epochs:', '',
-                  table(('setting', 'seeds', 'test top-1', 'test NLL', 'distance to mean'), rows)]
+                  table(('setting', 'seeds', 'val top-1', 'test top-1', 'test NLL', 'distance to mean'), rows)]
     return '\n'.join([*parts, '', experts(lines, name, lengths[-1], usual), '', _provenance(lines)])
 
 
 def experts(lines: Lines, name: str, epochs: int, usual: Dict[str, Any]) -> str:
     """What experts do over training: distance to the mean by share rate and by layer."""
     group = _select(lines, epochs=epochs, **usual)
+    if not group:
+        return ''
     figure = Figure(figsize=(11, 3.4), layout='constrained')
     axes = figure.subplots(1, 3)
 
@@ -268,8 +310,8 @@ def experts(lines: Lines, name: str, epochs: int, usual: Dict[str, Any]) -> str:
         axis.set_xlabel('update')
         axis.set_ylabel(what)
         axis.legend(fontsize=7, title='share rate' if axis is not axes[2] else 'layer', title_fontsize=7)
-    return (f'What experts do over training ({epochs} epochs, copies at the start; mean over layers and seeds, on the right by '
-            'layer):\n\n' + _save(figure, f'experts_{name}', 'distance and cosine of experts over training'))
+    return (f'What experts do over training ({epochs} epochs, copies at the start; mean over layers and seeds, on the '
+            'right by layer):\n\n' + _save(figure, f'experts_{name}', 'distance and cosine of experts over training'))
 
 
 def bounded(lines: Lines, name: str) -> str:
@@ -278,14 +320,16 @@ def bounded(lines: Lines, name: str) -> str:
     lengths, lrs = sorted(_unique(lines, 'epochs')), sorted(_unique(lines, 'lr'))
     seeds = _unique(lines, 'seed')
     shared = [dict(line, labels=dict(line['labels'], lr=lrs[-1])) for rate in (0., 1e-3, 1e-2, .1)
-              for line in _select(read_results(f'share_rate-{name}'), rate=rate, **usual) if line['labels']['seed'] in seeds]
+              for line in _select(read_results(f'share_rate-{name}'), rate=rate, **usual)
+              if line['labels']['seed'] in seeds]
     every = [*lines, *shared]
     settings = [(f'rate {rate:g}', dict(rate=rate)) for rate in sorted(_unique(every, 'rate'))]
     settings += [(f'bound {bound:g}', dict(bound=bound)) for bound in sorted(_unique(lines, 'bound'))]
     columns = [(epochs, lr) for epochs in lengths for lr in lrs]
     parts = []
-    for what, read, digits in (('val top-1', lambda line: line['last']['eval_top1'], 2), ('test top-1', _test('top1'), 2),
-                               ('test NLL', _test('nll'), 3)):
+    for what, read, digits in (
+            ('val top-1', lambda line: line['last']['eval_top1'], 2), ('test top-1', _test('top1'), 2),
+            ('test NLL', _test('nll'), 3)):
         rows = [[label] + [mean_se([read(line) for line in _select(every, epochs=epochs, lr=lr, **pick)], digits)
                            for epochs, lr in columns] for label, pick in settings]
         parts += ['', table((what, *(f'{epochs} epochs, lr {lr:g}' for epochs, lr in columns)), rows)]
@@ -327,7 +371,8 @@ def gated(lines: Lines, name: str) -> str:
             for key, digits in (('top1', 2), ('nll', 3)):
                 row.append(mean_se([line['test'][key] for line in group], digits))
         group = _select(lines, variant=variant, kind='moe')
-        row.append(mean_se(_paired(_by_seed(group, _test('top1')), dense['top1']), 2, True) if variant != 'dense' else '')
+        paired = _paired(_by_seed(group, _test('top1')), dense['top1'])
+        row.append('' if variant == 'dense' else mean_se(paired, 2, True))
         distances = [statistics.mean(v[-1][1] for k, v in line['experts'].items() if k.startswith('distance'))
                      for line in group if line['experts']]
         rows.append([*row, mean_se(distances, 3)])
@@ -362,7 +407,8 @@ def gathering(lines: Lines, name: str) -> str:
     for budget in sorted(_unique(_select(lines, kind='distilled'), 'images')):
         runs = _select(lines, kind='distilled', images=budget)
         flops, seconds = (statistics.mean(r['last'][key] for r in runs) for key in ('train_pflops', 'train_seconds'))
-        costs[budget] = f'{budget:,} images, {1000 * flops:.2g} TFLOP, {seconds:.0f} s'
+        images = statistics.mean(r['last']['train_images'] for r in runs)
+        costs[budget] = f'{images:,.0f} images, {1000 * flops:.2g} TFLOP, {seconds:.0f} s'
     rows = []
     for start in [*methods, 'EWA export', 'dense model', 'random start']:
         after = top1(kind='gathered', method=start) if start in methods else (
@@ -374,13 +420,14 @@ def gathering(lines: Lines, name: str) -> str:
         rows.append(row)
     share = 'In brackets the share of that benefit that is kept.' if telling else (
         'That is too little to say what share of it is kept, so none is given.')
-    parts += ['', f'The teacher beats the dense model by {gain:.2f} ± {error:.2f} points (paired). {share} Top-1 right after '
-              'gathering and after distillation:', '',
+    parts += ['', _wrap(f'The teacher beats the dense model by {gain:.2f} ± {error:.2f} points (paired). {share} '
+                        'Top-1 right after gathering and after distillation:'), '',
               table(('start', 'right after gathering', *costs.values()), rows), '', _provenance(lines)]
     return '\n'.join(parts)
 
 
-SECTIONS = dict(tune=tune, main=main, share_rate=share_rate, bounded=bounded, finetune=finetune, gated=gated, gathering=gathering)
+SECTIONS = dict(
+    tune=tune, main=main, share_rate=share_rate, bounded=bounded, finetune=finetune, gated=gated, gathering=gathering)
 
 
 def write() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 from unittest import mock
 
+import accelerate
 import timm
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -74,7 +75,8 @@ def arguments(flags: Dict[str, Any]) -> List[str]:
 def read_results(study: str) -> List[Dict[str, Any]]:
     """The lines of a study's results, oldest first."""
     path = RESULTS / f'{study}.jsonl'
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith('\n')]  # the last may have been cut off
 
 
 def machine() -> Dict[str, Any]:
@@ -86,7 +88,7 @@ def machine() -> Dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(
         cpu=model, threads=torch.get_num_threads(), gpu=gpu, python=platform.python_version(),
-        torch=str(torch.__version__), timm=timm.__version__)
+        torch=str(torch.__version__), timm=timm.__version__, accelerate=accelerate.__version__, ewa=ewa.__version__)
 
 
 class Memory(Dataset):
@@ -144,7 +146,8 @@ def figures(logits: Tensor, labels: Tensor) -> Dict[str, float]:
     bins = (confidence * 15).long().clamp(max=14)
     gaps = [(right[bins == b].sum() - confidence[bins == b].sum()).abs().item() for b in range(15)]
     return dict(
-        top1=100 * right.mean().item(), nll=nn.functional.cross_entropy(logits, labels).item(), ece=sum(gaps) / len(labels))
+        top1=100 * right.mean().item(), nll=nn.functional.cross_entropy(logits, labels).item(),
+        ece=sum(gaps) / len(labels))
 
 
 def score(folder: Path, test: Path, train: Optional[Path] = None) -> Dict[str, Dict[str, float]]:
@@ -156,10 +159,11 @@ def score(folder: Path, test: Path, train: Optional[Path] = None) -> Dict[str, D
         train: The split it was trained on, for `'robust'`.
 
     Returns:
-        `'test'`: figures on the test set. For random-partition layers also `'routed'`: the same on a quarter of
-        the test set with each token through a random expert, as in training; `'dense'`: that quarter by the mean. `'robust'`: figures of the dense form on a quarter of the test set with Gaussian noise
-        of standard deviation 0.5 (of the normalised pixels) on the images, and `sharpness`: the mean rise of the loss on
-        1,000 training images when every matrix is moved a tenth of its norm in a random direction (5 directions).
+        `'test'`: figures on the test set. For random-partition layers also `'routed'`: the same on a quarter of the
+        test set with each token through a random expert, as in training; `'dense'`: that quarter by the experts' mean.
+        `'robust'`: figures of the dense form on a quarter of the test set with Gaussian noise of standard deviation 0.5
+        (of the normalised pixels) on the images; `sharpness`: the mean rise of the loss on 1,000 training images when
+        every matrix is moved a tenth of its norm in a random direction (5 directions).
     """
     model = ewa.load(folder).eval().to('cuda' if torch.cuda.is_available() else 'cpu')
     config = resolve_model_data_config(model)
@@ -209,6 +213,15 @@ def course(folder: Path, points: int = 8) -> Dict[str, List[List[float]]]:
     return result
 
 
+def record(run: Run, work: Path) -> Dict[str, Any]:
+    """What is written down of a run before it is done. Paths of the machine are not recorded."""
+    flags = json.dumps(run.flags).replace(str(work), 'WORK').replace(run.flags['data-dir'], 'DATA')
+    line = dict(name=run.name, labels=run.labels, script=run.script, flags=json.loads(flags))
+    if run.baseline:
+        line['baseline'] = run.baseline
+    return line
+
+
 def execute(study: str, run: Run, work: Path) -> Dict[str, Any]:
     """Do one run in this process and return its line of results."""
     torch.set_num_threads(1)
@@ -217,13 +230,8 @@ def execute(study: str, run: Run, work: Path) -> Dict[str, Any]:
     output.parent.mkdir(parents=True, exist_ok=True)
     log = output.parent / f'{run.name}.log'
     started = time.time()
-    # where the folders were is nobody's business
-    data = Path(run.flags['data-dir'])
-    test = data / 'test.tar'
-    flags = json.loads(json.dumps(run.flags).replace(str(work), 'WORK').replace(str(data), 'DATA'))
-    line = dict(name=run.name, labels=run.labels, script=run.script, flags=flags)
-    if run.baseline:
-        line['baseline'] = run.baseline
+    test = Path(run.flags['data-dir']) / 'test.tar'
+    line = record(run, work)
     opened = train.open_dataset
 
     def kept_open(args, split, **kwargs):
@@ -266,19 +274,43 @@ def _work(study: str, run: Run, work: Path) -> Dict[str, Any]:
 
 
 def run_stage(study: str, runs: Sequence[Run], work: Path, jobs: int) -> None:
-    """Do the runs of a stage that have no line of results yet, `jobs` at a time."""
-    done = {line['name'] for line in read_results(study)}
+    """Do the runs of a stage that have no line of results yet, `jobs` at a time.
+
+    Raises:
+        ValueError: A line of results was made with other flags than the run of that name has now.
+        RuntimeError: Runs failed; the others are done.
+    """
+    done = {line['name']: line for line in read_results(study)}
+    for run in runs:
+        expected = record(run, work)
+        other = [key for key in expected['flags'].keys() | done.get(run.name, expected)['flags'].keys()
+                 if done.get(run.name, expected)['flags'].get(key) != expected['flags'].get(key)]
+        if other:
+            raise ValueError(
+                f'{RESULTS / study}.jsonl has a run {run.name} with other flags ({", ".join(sorted(other))}): move '
+                f'that file away to do the study anew.')
     todo = [run for run in runs if run.name not in done]
     print(f'{study}: {len(runs) - len(todo)} of {len(runs)} runs are done', flush=True)
     RESULTS.mkdir(exist_ok=True)
     os.environ['OMP_NUM_THREADS'] = '1'
+    failed = []
     with ProcessPoolExecutor(jobs, mp_context=get_context('spawn')) as pool:
-        futures = {pool.submit(_work, study, run, work): run for run in todo}
-        for future in as_completed(futures):
-            line = future.result()
-            with open(RESULTS / f'{study}.jsonl', 'a') as f:
-                f.write(json.dumps(line) + '\n')
-            print(f'{line["name"]}: test top-1 {line["test"]["top1"]:.2f}, {line["seconds"]:.0f} s', flush=True)
+        try:
+            for future in as_completed([pool.submit(_work, study, run, work) for run in todo]):
+                try:
+                    line = future.result()
+                except RuntimeError as e:
+                    failed.append(str(e))
+                    print(e, flush=True)
+                    continue
+                with open(RESULTS / f'{study}.jsonl', 'a') as f:
+                    f.write(json.dumps(line) + '\n')
+                print(f'{line["name"]}: test top-1 {line["test"]["top1"]:.2f}, {line["seconds"]:.0f} s', flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if failed:
+        raise RuntimeError(f'{len(failed)} of {len(todo)} runs failed, the first: {failed[0]}')
 
 
 def classes_of(source: Path) -> Dict[str, List[tarfile.TarInfo]]:
@@ -292,17 +324,26 @@ def classes_of(source: Path) -> Dict[str, List[tarfile.TarInfo]]:
 
 
 def subset(source: Path, count: Optional[int], target: Path, classes: Optional[Sequence[str]] = None) -> Path:
-    """The first `count` images (None: all) of a tar, evenly over its or the given classes, as another tar; made once."""
+    """The first `count` images (None: all) of a tar, evenly over its or the given classes, as another tar; made once.
+
+    Raises:
+        ValueError: A class has too few.
+    """
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     groups = classes_of(source)
     groups = {name: groups[name] for name in classes or groups}
-    each = None if count is None else -(-count // len(groups))
+    wanted = {name: len(group) if count is None else count // len(groups) + (i < count % len(groups))
+              for i, (name, group) in enumerate(groups.items())}
+    short = next((name for name, group in groups.items() if len(group) < wanted[name]), None)
+    if short is not None:
+        raise ValueError(
+            f'{source} has {len(groups[short])} images of class {short}, {count} over all take {wanted[short]}.')
     new = target.with_suffix('.new')
     with tarfile.open(source) as tar, tarfile.open(new, 'w') as out:
-        for group in groups.values():
-            for member in group[:each]:
+        for name, group in groups.items():
+            for member in group[:wanted[name]]:
                 out.addfile(member, tar.extractfile(member))
     os.rename(new, target)
     return target

@@ -1,13 +1,12 @@
 """The studies: which runs, in which order. Everything that is compared shares seeds, first weights and batches.
 
-Sizes are numbers of training images, lengths are epochs. Choices (share rate, learning rate, ...) are made on the validation
-split; what the tables show is the test set.
+Sizes are numbers of training images, lengths are epochs. Learning rate, weight decay and drop-path are chosen on the
+validation split; what the tables show is the test set.
 """
 import json
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from ewa.dense import METHODS
 
@@ -17,16 +16,18 @@ Flags = Dict[str, Any]
 
 # no augmentation, so that models can be told apart in minutes
 BASE: Flags = {
-    'train-split': 'train.tar', 'val-split': 'val.tar', 'crop-pct': 1.0, 'no-aug': True, 'smoothing': 0.0, 'batch-size': 100,
-    'validation-batch-size': 500, 'workers': 0, 'model': 'vit_tiny_patch16_224', 'lr': 0.002, 'weight-decay': 0.05,
-    'sched-on-updates': True, 'warmup-epochs': 1, 'checkpoint-hist': 1, 'log-interval': 100000, 'opt-kwargs': {'fused': True},
+    'train-split': 'train.tar', 'val-split': 'val.tar', 'crop-pct': 1.0, 'no-aug': True, 'smoothing': 0.0,
+    'batch-size': 100, 'validation-batch-size': 500, 'workers': 0, 'model': 'vit_tiny_patch16_224', 'lr': 0.002,
+    'weight-decay': 0.05, 'sched-on-updates': True, 'warmup-epochs': 1, 'checkpoint-hist': 1, 'log-interval': 100000,
+    'opt-kwargs': {'fused': True},
 }
 # a ViT of 16 patch tokens
 WIDTH: Flags = {'embed_dim': 64, 'depth': 4, 'num_heads': 4}
 SETS: Dict[str, Flags] = {
     'fashion': {'img-size': 28, 'in-chans': 1, 'mean': 0.286, 'std': 0.353, 'model-kwargs': dict(WIDTH, patch_size=7)},
     'digits': {'img-size': 8, 'in-chans': 1, 'mean': 0.305, 'std': 0.376, 'model-kwargs': dict(WIDTH, patch_size=2)},
-    'glyphs': {'img-size': 32, 'in-chans': 1, 'mean': 0.63, 'std': 0.18, 'lr': 0.001, 'model-kwargs': dict(WIDTH, patch_size=8)},
+    'glyphs': {'img-size': 32, 'in-chans': 1, 'mean': 0.63, 'std': 0.18, 'lr': 0.001,
+               'model-kwargs': dict(WIDTH, patch_size=8)},
 }
 EWA: Flags = {'num-experts': 4, 'moe-layers': 'all', 'expert-init': 'copy', 'share-rate': 0.001}
 GATED: Flags = {'num-experts': 8, 'router': 'topk', 'top-k': 2, 'moe-layers': 'every:2', 'expert-init': 'copy'}
@@ -43,7 +44,8 @@ class Setting:
         flags: Of `train.py`, for all runs.
         size: Training images of the studies that take one size.
         lengths: Short and long training, epochs at that size.
-        seeds: Number of seeds.
+        seeds: Number of seeds; None: the study's.
+        gpu: Whether this is the large version.
     """
     name: str
     data: Path
@@ -51,7 +53,12 @@ class Setting:
     flags: Flags
     size: int
     lengths: Tuple[int, int]
-    seeds: int
+    seeds: Optional[int]
+    gpu: bool = False
+
+    def study(self, name: str) -> str:
+        """What the results of a study on this set are called, and its folder of models."""
+        return f'{name}-{self.name}' + '-gpu' * self.gpu
 
     def train(self, name: str, labels: Flags, size: int, epochs: int, baseline: str = '', **extra) -> Run:
         """One training on the first `size` images; flags in `extra` with underscores for dashes."""
@@ -67,22 +74,22 @@ class Setting:
         return {'data-dir': str(self.data), 'train-split': 'train.tar', 'val-split': 'val.tar', 'workers': 0}
 
 
-def setting(data: Path, work: Path, gpu: bool, seeds: int) -> Setting:
+def setting(data: Path, work: Path, gpu: bool, seeds: Optional[int]) -> Setting:
     """What is known of a data set, from its `info.json`, or else from its name."""
     info = data / 'info.json'
     name = json.loads(info.read_text(encoding='utf-8'))['set'] if info.exists() else data.name
     flags = dict(BASE, **{'data-dir': str(data)}, **SETS.get(name, {'img-size': 224}))
-    size, lengths = {'digits': (1000, (20, 80)), 'glyphs': (8000, (10, 40))}.get(name, (2000, (10, 40)))
+    size, lengths = {'digits': (250, (20, 80)), 'glyphs': (8000, (10, 40))}.get(name, (2000, (10, 40)))
     if gpu:
-        # ViT-S on patches of half the side, eight times the images, augmentation; no flips, for characters
+        # ViT-S on patches of half the side, six times the images, augmentation; no flips, for characters
         small = {'embed_dim': 384, 'depth': 12, 'num_heads': 6}
         patch = SETS[name]['model-kwargs']['patch_size'] if name in SETS else 16
         flags.update({
             'model': 'vit_small_patch16_224', 'model-kwargs': dict(small, patch_size=max(2, patch // 2)), 'lr': 0.001,
             'batch-size': 256, 'workers': 6, 'amp': True, 'amp-dtype': 'bfloat16', 'warmup-epochs': 5, 'no-aug': False,
             'hflip': 0.0, 'scale': (0.6, 1.0), 'aa': 'rand-m7-mstd0.5', 'reprob': 0.1, 'smoothing': 0.1})
-        size, lengths = 16000, (50, 200)
-    return Setting(name, data, work, flags, size, lengths, seeds)
+        size, lengths = 12000, (50, 200)
+    return Setting(name, data, work, flags, size, lengths, seeds, gpu)
 
 
 def share_rate(s: Setting) -> Iterator[List[Run]]:
@@ -92,18 +99,22 @@ def share_rate(s: Setting) -> Iterator[List[Run]]:
 
     def run(seed, epochs, rate, schedule='constant', init='copy', experts=4, layers='all'):
         labels = dict(rate=rate, schedule=schedule, init=init, experts=experts, layers=layers, seed=seed)
-        return s.train(f'{rate:g}-{schedule}-{init}-{experts}-{layers}'.replace(':', ''), labels, s.size, epochs, **dict(
-            EWA, **{'share-rate': rate, 'share-schedule': schedule, 'expert-init': init, 'num-experts': experts,
-                    'moe-layers': layers}))
+        name = f'{rate:g}-{schedule}-{init}-{experts}-{layers}'.replace(':', '')
+        return s.train(name, labels, s.size, epochs, **dict(EWA, **{
+            'share-rate': rate, 'share-schedule': schedule, 'expert-init': init, 'num-experts': experts,
+            'moe-layers': layers}))
 
     rates = (0., 1e-4, 1e-3, 1e-2, .1, .3, .75)
     yield [run(seed, epochs, rate) for seed in seeds for epochs in (long, short) for rate in rates]
+    yield [s.train('dense', dict(variant='dense', seed=seed), s.size, epochs)
+           for seed in seeds for epochs in (long, short)]
     # what is less in doubt, with fewer seeds
     few = seeds[:2]
     yield [run(seed, long, rate, init='independent') for seed in few for rate in (0., 1e-3, 1e-2, .1, .75)]
     yield [run(seed, long, 1e-3, experts=experts) for seed in few for experts in (2, 8, 16)] + [
         run(seed, long, 1e-3, layers=layers) for seed in few for layers in ('every:2', 'last:2')]
-    yield [run(seed, long, rate, schedule) for seed in few for rate in (1e-2, .1, .75) for schedule in ('linear', 'cosine')]
+    yield [run(seed, long, rate, schedule)
+           for seed in few for rate in (1e-2, .1, .75) for schedule in ('linear', 'cosine')]
 
 
 FAMILIES: Dict[str, Tuple[Flags, str]] = {
@@ -116,7 +127,8 @@ FAMILIES: Dict[str, Tuple[Flags, str]] = {
 
 def tune(s: Setting) -> Iterator[List[Run]]:
     """Learning rate, then weight decay, then drop-path of each family, by validation top-1: six runs each."""
-    trials = [('lr', [s.flags['lr'] * factor for factor in (0.5, 1, 2)]), ('weight-decay', (0.2,)), ('drop-path', (0.1, 0.2))]
+    rates = [s.flags['lr'] * factor for factor in (0.5, 1, 2)]
+    trials = [('lr', rates), ('weight-decay', (0.2,)), ('drop-path', (0.1, 0.2))]
     for stage, (flag, values) in enumerate(trials):
         runs = []
         for family, (extra, baseline) in FAMILIES.items():
@@ -132,15 +144,15 @@ def tune(s: Setting) -> Iterator[List[Run]]:
 
 
 def chosen(s: Setting, family: str, stages: int = 3) -> Flags:
-    """Learning rate, weight decay and drop-path with the best validation top-1 of a family in the first stages of `tune`.
+    """Learning rate, weight decay and drop-path of a family with the best validation top-1 in the first stages of tune.
 
-    `stages=3` looks at runs with drop-path only.
+    Equal ones are told apart by validation loss. `stages=3` looks at runs with drop-path only.
     """
-    lines = [line for line in read_results(f'tune-{s.name}') if line['labels']['family'] == family
+    lines = [line for line in read_results(s.study('tune')) if line['labels']['family'] == family
              and (line['labels']['stage'] == 2 if stages == 3 else line['labels']['stage'] < stages)]
     if not lines:
-        raise ValueError(f'no runs of {family} in results/tune-{s.name}.jsonl: run the study tune on this set first')
-    best = max(lines, key=lambda line: line['last']['eval_top1'])
+        raise ValueError(f'no runs of {family} in results/{s.study("tune")}.jsonl: run the study tune on this set')
+    best = max(lines, key=lambda line: (line['last']['eval_top1'], -line['last']['eval_loss']))
     return {key: best['flags'][key] for key in ('lr', 'weight-decay', 'drop-path')}
 
 
@@ -169,16 +181,16 @@ def bounded(s: Setting) -> Iterator[List[Run]]:
 
     Constant rates at the usual learning rate are those of `share_rate`.
     """
-    seeds, runs = range(s.seeds or 3), []
-    for seed in seeds:
+    low, runs = s.flags['lr'] / 4, []
+    for seed in range(s.seeds or 3):
         for epochs in s.lengths[::-1]:
-            for lr in (s.flags['lr'], s.flags['lr'] / 4):
+            for lr in (s.flags['lr'], low):
                 for bound in (0.05, 0.15, 0.45):
                     runs.append(s.train(f'bound-{bound}-{lr}', dict(bound=bound, lr=lr, seed=seed), s.size, epochs,
                                         f'bound {bound}', **dict(EWA, lr=lr)))
             for rate in (0., 1e-3, 1e-2, .1):
-                runs.append(s.train(f'rate-{rate:g}-{lr}', dict(rate=rate, lr=lr, seed=seed), s.size, epochs,
-                                    **dict(EWA, lr=lr, **{'share-rate': rate})))
+                runs.append(s.train(f'rate-{rate:g}-{low}', dict(rate=rate, lr=low, seed=seed), s.size, epochs,
+                                    **dict(EWA, lr=low, **{'share-rate': rate})))
     yield runs
 
 
@@ -192,18 +204,20 @@ def finetune(s: Setting) -> Iterator[List[Run]]:
         for split in ('train', 'val', 'test'):
             subset(s.data / f'{split}.tar', None, folders[half] / f'{split}.tar', kept)
     pretrained = {seed: f'pretrain-{seed}' for seed in seeds}
-    yield [Run(name, dict(s.flags, epochs=4, seed=seed, **{'data-dir': str(folders['first'])}),
+    yield [Run(name, dict(s.flags, epochs=4, seed=seed, **{'warmup-epochs': 1, 'data-dir': str(folders['first'])}),
                dict(variant='pretrain', seed=seed)) for seed, name in pretrained.items()]
     variants = {'dense': {}, 'dense, drop-path': {'drop-path': 0.1}}
-    variants.update({f'EWA {rate:g}' if rate else 'no pull': dict(EWA, **{'share-rate': rate}) for rate in (0., 1e-3, 1e-2, .1)})
+    variants.update({f'EWA {rate:g}' if rate else 'no pull': dict(EWA, **{'share-rate': rate})
+                     for rate in (0., 1e-3, 1e-2, .1)})
     variants['EWA 0.001, drop-path'] = dict(EWA, **{'drop-path': 0.1})
     for size in (100, 500):
         part = subset(folders['second'] / 'train.tar', size, s.work / f'{s.name}-second-{size}.tar')
         yield [
             Run(f'{size}-{variant}-{lr}-{seed}'.replace(', ', '-').replace(' ', '-'),
                 dict(s.flags, epochs=30, seed=seed, lr=lr, **{
-                    'batch-size': 50, 'data-dir': str(folders['second']), 'train-split': str(part), 'val-interval': 10,
-                    'initial-checkpoint': str(s.work / f'finetune-{s.name}' / pretrained[seed] / 'last')}, **flags),
+                    'warmup-epochs': 1, 'batch-size': 50, 'val-interval': 10,
+                    'data-dir': str(folders['second']), 'train-split': str(part),
+                    'pretrained-path': str(s.work / s.study('finetune') / pretrained[seed] / 'last')}, **flags),
                 dict(variant=variant, images=size, lr=lr, seed=seed))
             for seed in seeds for variant, flags in variants.items() for lr in (5e-4, 2e-3)]
 
@@ -212,19 +226,21 @@ def gated(s: Setting) -> Iterator[List[Run]]:
     """A gated MoE with and without pulls, and what averaging its experts then costs."""
     seeds = range(s.seeds or 5)
     rates = {'no pull': {'share-rate': 0.}, 'EWA 0.001': {'share-rate': 1e-3}, 'EWA 0.01': {'share-rate': 1e-2},
-             'EWA 0.1': {'share-rate': .1}, 'EWA 0.01, first half': {'share-rate': 1e-2, 'share-stop-epoch': s.lengths[1] / 2}}
+             'EWA 0.1': {'share-rate': .1},
+             'EWA 0.01, first half': {'share-rate': 1e-2, 'share-stop-epoch': s.lengths[1] / 2}}
     runs = [s.train(name, dict(variant=name, kind='moe', seed=seed), s.size, s.lengths[1], **dict(GATED, **flags))
             for seed in seeds for name, flags in rates.items()]
-    yield runs + [s.train('dense', dict(variant='dense', kind='moe', seed=seed), s.size, s.lengths[1]) for seed in seeds]
-    yield [Run(f'{run.name}-average', dict(s.converting(), method='average'), dict(run.labels, kind='average'), 'convert',
-               str(s.work / f'gated-{s.name}' / run.name / 'last')) for run in runs]
+    yield runs + [
+        s.train('dense', dict(variant='dense', kind='moe', seed=seed), s.size, s.lengths[1]) for seed in seeds]
+    yield [Run(f'{run.name}-average', dict(s.converting(), method='average'), dict(run.labels, kind='average'),
+               'convert', str(s.work / s.study('gated') / run.name / 'last')) for run in runs]
 
 
 def gathering(s: Setting) -> Iterator[List[Run]]:
     """Gated MoE to dense: every gathering, then distillation at three budgets (OneS, arXiv 2201.10890)."""
     seeds = range(s.seeds or 3)
-    trained = s.work / f'gathering-{s.name}'
-    full = dict(s.flags, epochs=5 if s.name == 'glyphs' else 3)
+    trained = s.work / s.study('gathering')
+    full = dict(s.flags, epochs=5 if s.name == 'glyphs' else 3, **{'warmup-epochs': 1})
     yield [
         Run(f'{kind}-{seed}', dict(full, seed=seed, **extra), dict(kind=kind, seed=seed))
         for seed in seeds
@@ -246,8 +262,8 @@ def gathering(s: Setting) -> Iterator[List[Run]]:
         for seed in seeds:
             starts = {method: str(trained / f'{method}-{seed}') for method in METHODS}
             starts.update({
-                'EWA export': str(trained / f'ewa-export-{seed}'), 'dense model': str(trained / f'dense-{seed}' / 'last'),
-                'random start': ''})
+                'EWA export': str(trained / f'ewa-export-{seed}'),
+                'dense model': str(trained / f'dense-{seed}' / 'last'), 'random start': ''})
             for start, folder in starts.items():
                 flags = dict(s.flags, seed=seed, epochs=1, lr=s.flags['lr'] / 4 if folder else s.flags['lr'], **{
                     'warmup-epochs': 0, 'train-split': str(part), 'initial-checkpoint': folder or None,
@@ -258,6 +274,6 @@ def gathering(s: Setting) -> Iterator[List[Run]]:
     yield runs
 
 
-
 STUDIES = dict(
-    share_rate=share_rate, tune=tune, main=main_study, bounded=bounded, finetune=finetune, gated=gated, gathering=gathering)
+    share_rate=share_rate, tune=tune, main=main_study, bounded=bounded, finetune=finetune, gated=gated,
+    gathering=gathering)

@@ -23,8 +23,8 @@ MINI = Path(__file__).parent.parent / 'data' / 'fashion_mini'
 def vit(**kwargs) -> nn.Module:
     torch.manual_seed(0)
     return timm.create_model(
-        'vit_tiny_patch16_224', img_size=28, in_chans=1, patch_size=7, embed_dim=16, depth=2, num_heads=2, num_classes=10,
-        **kwargs)
+        'vit_tiny_patch16_224', img_size=28, in_chans=1, patch_size=7, embed_dim=16, depth=2, num_heads=2,
+        num_classes=10, **kwargs)
 
 
 def experts(count: int = 3, width: int = 8, same: bool = False):
@@ -147,7 +147,8 @@ def test_memory_gives_what_the_data_set_gives_and_reads_once():
 
 
 def test_arguments_are_a_command_line():
-    line = arguments({'lr': 0.1, 'no-aug': True, 'amp': False, 'aa': None, 'model-kwargs': {'depth': 4}, 'ratio': (1, 2)})
+    line = arguments({
+        'lr': 0.1, 'no-aug': True, 'amp': False, 'aa': None, 'model-kwargs': {'depth': 4}, 'ratio': (1, 2)})
     assert line == ['--lr', '0.1', '--no-aug', '--model-kwargs', 'depth=4', '--ratio', '1', '2']
 
 
@@ -158,6 +159,9 @@ def test_subset_is_even_over_classes_and_can_keep_some(tmp_path):
         return {name: names.count(name) for name in names}
 
     assert set(counts(subset(MINI / 'val.tar', 50, tmp_path / 'a.tar')).values()) == {5}
+    with pytest.raises(ValueError, match='100 images of class'):
+        subset(MINI / 'val.tar', 1001, tmp_path / 'd.tar')
+    assert sorted(counts(subset(MINI / 'val.tar', 23, tmp_path / 'e.tar')).values()) == [2] * 7 + [3] * 3
     some = sorted(counts(MINI / 'val.tar'))[1:4]
     assert counts(subset(MINI / 'val.tar', 9, tmp_path / 'b.tar', some)) == {name: 3 for name in some}
     assert counts(subset(MINI / 'val.tar', None, tmp_path / 'c.tar', some[:1])) == {some[0]: 100}
@@ -167,19 +171,22 @@ def test_figures_of_a_calibrated_guess():
     logits = torch.log(torch.tensor([[0.75, 0.25]] * 4))
     result = figures(logits, torch.tensor([0, 0, 0, 1]))
     assert result['top1'] == 75 and result['ece'] == pytest.approx(0, abs=1e-6)
-    assert result['nll'] == pytest.approx(-(3 * torch.log(torch.tensor(0.75)) + torch.log(torch.tensor(0.25))).item() / 4)
+    expected = -(3 * torch.log(torch.tensor(0.75)) + torch.log(torch.tensor(0.25))).item() / 4
+    assert result['nll'] == pytest.approx(expected)
 
 
 def line(variant, seed, top1, **labels):
     return dict(
         name=f'{variant}-{seed}', labels=dict(labels, variant=variant, seed=seed, images=10, epochs=1), seconds=1.,
-        machine=dict(cpu='some', gpu=None, threads=1, torch='t', timm='t'), test=dict(top1=top1, nll=1 - top1 / 100, ece=0.),
+        machine=dict(cpu='some', gpu=None, threads=1, torch='t', timm='t'),
+        test=dict(top1=top1, nll=1 - top1 / 100, ece=0.),
         curve=[[1, top1, 1., 2.]], last=dict(train_seconds=2., eval_top1=top1))
 
 
 def test_report_pairs_equal_seeds(monkeypatch, tmp_path):
     monkeypatch.setattr(report, 'DOCS', tmp_path)
-    lines = [line('dense', 0, 70.), line('dense', 1, 80.), line('EWA', 1, 81.), line('EWA', 0, 73.), line('EWA', 2, 20.)]
+    scores = [('dense', 0, 70.), ('dense', 1, 80.), ('EWA', 1, 81.), ('EWA', 0, 73.), ('EWA', 2, 20.)]
+    lines = [line(*score) for score in scores]
     text = report.main(lines, 'some')
     assert '| dense | 75.00 ± 5.00 |' in text
     assert '| EWA | +2.00 ± 1.00 |' in text  # seed 2 has no dense partner
@@ -188,16 +195,19 @@ def test_report_pairs_equal_seeds(monkeypatch, tmp_path):
 def test_interval_is_students():
     values = [1., 2., 3., 4., 5.]
     low, high = report.interval(values)
-    assert (low + high) / 2 == 3 and (high - low) / 2 == pytest.approx(2.776 * statistics.stdev(values) / 5 ** 0.5, rel=1e-3)
+    half = 2.776 * statistics.stdev(values) / 5 ** 0.5
+    assert (low + high) / 2 == 3 and (high - low) / 2 == pytest.approx(half, rel=1e-3)
 
 
 def test_choice_is_by_validation(monkeypatch):
     def trial(lr, drop_path, stage, top1):
-        return dict(labels=dict(family='dense', stage=stage), last=dict(eval_top1=top1), test=dict(top1=0),
-                    flags={'lr': lr, 'weight-decay': 0.05, 'drop-path': drop_path})
+        return dict(
+            labels=dict(family='dense', stage=stage), last=dict(eval_top1=top1, eval_loss=lr), test=dict(top1=0),
+            flags={'lr': lr, 'weight-decay': 0.05, 'drop-path': drop_path})
 
-    monkeypatch.setattr(studies, 'read_results', lambda name: [
-        trial(0.1, 0., 0, 70.), trial(0.2, 0., 0, 72.), trial(0.2, 0.1, 2, 71.), trial(0.2, 0.2, 2, 69.)])
+    trials = [trial(0.1, 0., 0, 70.), trial(0.3, 0., 0, 72.), trial(0.2, 0., 0, 72.), trial(0.2, 0.1, 2, 71.),
+              trial(0.2, 0.2, 2, 69.)]
+    monkeypatch.setattr(studies, 'read_results', lambda name: trials)
     setting = studies.setting(Path('some'), Path('work'), False, None)
     assert studies.chosen(setting, 'dense', 2) == {'lr': 0.2, 'weight-decay': 0.05, 'drop-path': 0.}
     assert studies.chosen(setting, 'dense', 3) == {'lr': 0.2, 'weight-decay': 0.05, 'drop-path': 0.1}
@@ -213,6 +223,7 @@ def test_every_run_of_a_study_is_a_command_line_of_the_scripts(study, gpu, tmp_p
     for split in ('train', 'val', 'test'):
         subset(MINI / 'val.tar', None, data / f'{split}.tar')
     monkeypatch.setattr(studies, 'chosen', lambda *_: {'lr': 0.1, 'weight-decay': 0.2, 'drop-path': 0.3})
+    monkeypatch.setattr(studies, 'subset', lambda source, count, target, classes=None: target)
     setting = studies.setting(data, tmp_path / 'work', gpu, None)
     runs = [run for stage in studies.STUDIES[study](setting) for run in stage]
     assert len({run.name for run in runs}) == len(runs)
@@ -220,6 +231,13 @@ def test_every_run_of_a_study_is_a_command_line_of_the_scripts(study, gpu, tmp_p
         parser = train_parser() if run.script == 'train' else convert_parser()
         args = parser.parse_args([run.source] * bool(run.source) + arguments(dict(run.flags, output='out')))
         assert getattr(args, 'seed', run.labels['seed']) == run.labels['seed']
+        if run.script == 'train':
+            assert args.epochs > args.warmup_epochs
+        # what a run starts from was made by the same study
+        made = setting.work / setting.study(study)
+        earlier = [run.source, getattr(args, 'pretrained_path', None), getattr(args, 'initial_checkpoint', None)]
+        earlier += [(getattr(args, 'teacher', None) or '').removeprefix('local-dir:')]
+        assert all(Path(path).is_relative_to(made) for path in filter(None, earlier))
 
 
 @pytest.mark.slow
@@ -237,7 +255,8 @@ def test_stage_runs_scores_and_resumes(tmp_path, monkeypatch, capsys):
     run_stage('some', runs, setting.work, 1)
     run_stage('some', [*runs, convert], setting.work, 1)
     assert '3 of 4 runs are done' in capsys.readouterr().out
-    lines = {entry['name']: entry for entry in map(json.loads, (tmp_path / 'results/some.jsonl').read_text().splitlines())}
+    text = (tmp_path / 'results/some.jsonl').read_text()
+    lines = {entry['name']: entry for entry in map(json.loads, text.splitlines())}
     assert len(lines) == 4 and str(tmp_path) not in json.dumps(lines)
     dense, moe, learned = (lines[run.name] for run in runs)
     assert set(dense['test']) == {'top1', 'nll', 'ece'} and 'test_ema' in dense and 'routed' not in dense
@@ -245,5 +264,13 @@ def test_stage_runs_scores_and_resumes(tmp_path, monkeypatch, capsys):
     assert moe['experts']['distance/blocks.0.mlp'][-1][1] > 0
     # exported, it is the same model
     assert lines['average']['test'] == pytest.approx(moe['test'], rel=1e-5)
+    changed = setting.train('dense', dict(variant='dense', seed=0), 200, 2, lr=0.5)
+    with pytest.raises(ValueError, match=f'{changed.name} with other flags .lr, model-ema.'):
+        run_stage('some', [changed], setting.work, 1)
+    bad = setting.train('bad', dict(seed=0), 200, 2, lr='much')
+    good = setting.train('good', dict(seed=0), 200, 2)
+    with pytest.raises(RuntimeError, match='1 of 2 runs failed, the first: bad'):
+        run_stage('some', [bad, good], setting.work, 1)
+    assert [entry['name'] for entry in runner.read_results('some')][-1] == good.name
     folder = tmp_path / 'work' / 'some' / runs[1].name / 'last'
     assert score(folder, data / 'test.tar')['test'] == pytest.approx(moe['test'], rel=1e-5)
