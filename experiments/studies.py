@@ -237,7 +237,7 @@ def gated(s: Setting) -> Iterator[List[Run]]:
 
 
 def gathering(s: Setting) -> Iterator[List[Run]]:
-    """Gated MoE to dense: every gathering, then distillation at three budgets (OneS, arXiv 2201.10890)."""
+    """Gated MoE to dense: every gathering, then distillation at four budgets (OneS, arXiv 2201.10890)."""
     seeds = range(s.seeds or 3)
     trained = s.work / s.study('gathering')
     full = dict(s.flags, epochs=5 if s.name == 'glyphs' else 3, **{'warmup-epochs': 1})
@@ -247,18 +247,20 @@ def gathering(s: Setting) -> Iterator[List[Run]]:
         for kind, extra in (('moe', GATED), ('dense', {}), ('ewa', EWA))
     ]
     yield [
-        Run(f'{method}-{seed}',
-            dict(s.converting(), method=method),
-            dict(kind='gathered', method=method, seed=seed), 'convert', str(trained / f'moe-{seed}' / 'last'))
+        Run(f'{method}-{seed}', dict(s.converting(), method=method), dict(kind='gathered', method=method, seed=seed),
+            'convert', str(trained / f'moe-{seed}' / 'last'))
         for seed in seeds for method in METHODS
     ] + [
         Run(f'ewa-export-{seed}', dict(s.converting(), method='average'), dict(kind='ewa-export', seed=seed), 'convert',
             str(trained / f'ewa-{seed}' / 'last'))
         for seed in seeds
     ]
-    runs = []
-    for count in (1000, 5000, 25000):
-        part = subset(s.data / 'train.tar', count, s.work / f'{s.name}-{count}.tar')
+    whole = sum(map(len, classes_of(s.data / 'train.tar').values()))
+    for count in (*(count for count in (1000, 5000, 25000) if count < whole), whole):
+        part = s.data / 'train.tar'
+        if count < whole:
+            part = subset(part, count, s.work / f'{s.name}-{count}.tar')
+        runs = []
         for seed in seeds:
             starts = {method: str(trained / f'{method}-{seed}') for method in METHODS}
             starts.update({
@@ -271,7 +273,7 @@ def gathering(s: Setting) -> Iterator[List[Run]]:
                     'task-loss-weight': 0.5})
                 name = f'distil-{count}-{start.replace(" ", "-")}-{seed}'
                 runs.append(Run(name, flags, dict(kind='distilled', start=start, images=count, seed=seed)))
-    yield runs
+        yield runs
 
 
 STUDIES = dict(
