@@ -139,6 +139,11 @@ def similarity_figure(records: List[Dict[str, Any]]):
         axis.set_title(record['layer'], fontsize=8)
         axis.set_xticks(range(record['num_experts'])), axis.set_yticks(range(record['num_experts']))
         axis.tick_params(labelsize=6)
+        if record['num_experts'] <= 8:  # numbers tell 0.9 from 1 where colours don't
+            for i, row in enumerate(record['similarity']):
+                for j, cosine in enumerate(row):
+                    axis.text(j, i, f'{cosine:.2f}'.replace('0.', '.'), ha='center', va='center', fontsize=5,
+                              color='white' if abs(cosine) > 0.6 else 'black')
     figure.colorbar(image, ax=axes, label='cosine of expert weights', shrink=0.8)
     return figure
 
