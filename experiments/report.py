@@ -396,7 +396,8 @@ def gathering(lines: Lines, name: str) -> str:
         if not telling:
             return ''
         means = [statistics.mean(group[seed] for seed in scores) for group in (scores, dense, teacher)]
-        return f' ({100 * benefit_kept(*means):.0f} %)'
+        share = 100 * benefit_kept(*means)
+        return f' ({share:.0f} %)' if share >= 0 else ' (< 0)'
 
     parts = [table(('model', 'top-1', 'NLL'), [
         (title, mean_se([line['test']['top1'] for line in _select(lines, kind=kind)]),
@@ -418,7 +419,7 @@ def gathering(lines: Lines, name: str) -> str:
             scores = top1(kind='distilled', start=start, images=budget)
             row.append(f'{mean_se(list(scores.values()))}{kept(scores)}' if scores else '')
         rows.append(row)
-    share = 'In brackets the share of that benefit that is kept.' if telling else (
+    share = 'In brackets the share of that benefit that is kept (< 0: below the dense model).' if telling else (
         'That is too little to say what share of it is kept, so none is given.')
     parts += ['', _wrap(f'The teacher beats the dense model by {gain:.2f} ± {error:.2f} points (paired). {share} '
                         'Top-1 right after gathering and after distillation:'), '',
