@@ -61,14 +61,14 @@ def _test(key: str, part: str = 'test') -> Callable[[Dict[str, Any]], float]:
     return lambda line: line[part][key]
 
 
-def _provenance(lines: Lines) -> str:
+def _provenance(lines: Lines, what: str = 'Mean ± standard error over seeds, test set.') -> str:
     machines = list(dict.fromkeys(
         f'{line["machine"]["gpu"] or line["machine"]["cpu"]}, {line["machine"]["threads"]} thread(s) a run, torch '
         f'{line["machine"]["torch"]}, timm {line["machine"]["timm"]}' for line in lines))
     seeds = sorted({line['labels']['seed'] for line in lines})
     hours = sum(line['seconds'] for line in lines) / 3600
     return _wrap(f'{len(lines)} runs, seeds {", ".join(map(str, seeds))}; {"; ".join(machines)}; {hours:.1f} hours of '
-                 f'runs. Mean ± standard error over seeds, test set.')
+                 f'runs. {what}')
 
 
 def _wrap(text: str) -> str:
@@ -105,7 +105,7 @@ def tune(lines: Lines, name: str) -> str:
                 f'{best["last"]["eval_top1"]:.2f}']
         rows.append(cells)
     header = ('family', 'runs', 'lr, weight decay, drop-path', 'val top-1', 'with drop-path', 'val top-1')
-    return '\n'.join([table(header, rows), '', _provenance(lines)])
+    return '\n'.join([table(header, rows), '', _provenance(lines, 'Validation split, one run a cell.')])
 
 
 def main(lines: Lines, name: str) -> str:
