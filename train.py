@@ -342,8 +342,9 @@ def main(argv=None):
                 board.add_scalar(key, scalar, update)
             if records and validated:
                 board.add_figure('experts/similarity', similarity_figure(records), update)
-                if usage_figure(records) is not None:
-                    board.add_figure('experts/usage', usage_figure(records), update)
+                usage = usage_figure(records)
+                if usage is not None:
+                    board.add_figure('experts/usage', usage, update)
             board.flush()
             if validated:
                 update_summary(

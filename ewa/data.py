@@ -64,7 +64,7 @@ def open_dataset(args: argparse.Namespace, split: str, is_training: bool, in_cha
 
 def class_names(dataset: Dataset) -> Optional[List[str]]:
     """Names of the classes in the order of their labels, or None if the data set does not know them."""
-    if isinstance(dataset, _Wrapper):
+    if isinstance(dataset, Wrapper):
         return class_names(dataset.dataset)
     if getattr(dataset, 'classes', None):
         return [str(name) for name in dataset.classes]
@@ -101,7 +101,9 @@ def check_classes(train: Dataset, val: Dataset, num_classes: Optional[int]) -> i
     return len(names)
 
 
-class _Wrapper(Dataset):
+class Wrapper(Dataset):
+    """A data set over another one; the transform is the inner one's."""
+
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
@@ -128,19 +130,19 @@ class _Convert:
         return image.convert(self.mode)
 
 
-class _ImgMode(_Wrapper):
+class _ImgMode(Wrapper):
     """torchvision's data sets know no image mode: convert before the transform."""
 
     def __init__(self, dataset: Dataset, mode: str) -> None:
         super().__init__(dataset)
         self.mode = mode
 
-    @_Wrapper.transform.setter
+    @Wrapper.transform.setter
     def transform(self, transform) -> None:
         self.dataset.transform = Compose([_Convert(self.mode), transform])
 
 
-class SeededDataset(_Wrapper):
+class SeededDataset(Wrapper):
     """Draws the augmentation of each image from (seed, epoch, index) and nothing else.
 
     So it does not matter which worker loads an image, or what was loaded before: a resumed run sees the same pixels.

@@ -5,7 +5,7 @@ Each is put in the place of a class of `ewa` while a run of `train.py` lasts, so
 Axis legend: `B` images, `N` tokens of an image, `D` width, `E` experts.
 """
 import contextlib
-from typing import Iterator, List
+from typing import Iterator
 from unittest import mock
 
 import torch
@@ -15,6 +15,7 @@ from torch.func import functional_call
 import ewa
 import ewa.upcycle
 from ewa.averaging import ExpertAverager
+from ewa.diagnostics import distances_to_mean
 from ewa.moe import RandomPartitionMoE, mean_state, moe_layers
 from ewa.partition import random_partition
 
@@ -37,25 +38,23 @@ class FusedMoE(RandomPartitionMoE):
     The gradient of the mean goes to all experts alike, so with AdamW this is a dense FFN in another parametrisation.
     """
 
-    def weights(self) -> List[Tensor]:
-        return [torch.tensor(1 / len(self.experts))] * len(self.experts)
-
     def forward(self, x: Tensor) -> Tensor:
         """`(..., D) -> (..., D)`."""
-        states = [dict(expert.named_parameters()) for expert in self.experts]
-        fused = {key: sum(w * state[key] for w, state in zip(self.weights(), states)) for key in states[0]}
-        return functional_call(self.experts[0], fused, (x,))
+        return functional_call(self.experts[0], mean_state(self.experts), (x,))
 
 
-class LearnedFusionMoE(FusedMoE):
+class LearnedFusionMoE(RandomPartitionMoE):
     """Weight fusion with one learned coefficient an expert, a softmax over `E` scores that start equal."""
 
     def __init__(self, experts) -> None:
         super().__init__(experts)
         self.scores = nn.Parameter(torch.zeros(len(self.experts)))
 
-    def weights(self) -> List[Tensor]:
-        return list(self.scores.softmax(0))
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., D) -> (..., D)`."""
+        states = [dict(expert.named_parameters()) for expert in self.experts]
+        fused = {key: sum(w * state[key] for w, state in zip(self.scores.softmax(0), states)) for key in states[0]}
+        return functional_call(self.experts[0], fused, (x,))
 
 
 class BoundedAverager(ExpertAverager):
@@ -72,14 +71,11 @@ class BoundedAverager(ExpertAverager):
     def step(self) -> None:
         self.steps += 1
         self.pulls += 1
-        for _, layer in moe_layers(self.model):
+        distances = distances_to_mean(self.model)
+        for name, layer in moe_layers(self.model):
             experts = [list(expert.parameters()) for expert in layer.experts]
-            mean = list(mean_state(layer.experts).values())
-            norm = torch.stack(torch._foreach_norm(mean)).norm()
-            squares = [torch.stack(torch._foreach_norm(torch._foreach_sub(e, mean))).norm() ** 2 for e in experts]
-            distance = (torch.stack(squares).mean()).sqrt() / norm
-            if distance > self.bound:
-                self._pull(experts, float(1 - self.bound / distance))
+            if distances[name] > self.bound:
+                self._pull(experts, 1 - self.bound / distances[name])
 
 
 LAYERS = {'whole images': ImagePartitionMoE, 'static fusion': FusedMoE, 'learned fusion': LearnedFusionMoE}

@@ -31,6 +31,7 @@ from torch.utils.data import Dataset
 import convert
 import ewa
 import train
+from ewa.data import Wrapper
 from ewa.moe import RandomPartitionMoE, moe_layers
 
 from .baselines import baseline
@@ -91,25 +92,16 @@ def machine() -> Dict[str, Any]:
         torch=str(torch.__version__), timm=timm.__version__, accelerate=accelerate.__version__, ewa=ewa.__version__)
 
 
-class Memory(Dataset):
+class Memory(Wrapper):
     """Keeps the images of a split as they leave the transform, for runs without augmentation; one copy a process."""
 
     _kept: Dict[Tuple[str, str], Dict[int, Any]] = {}
 
     def __init__(self, dataset: Dataset, key: str) -> None:
-        self.dataset, self.key, self.kept = dataset, key, {}
+        super().__init__(dataset)
+        self.key, self.kept = key, {}
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getattr__(self, name: str):
-        return getattr(self.__dict__['dataset'], name)
-
-    @property
-    def transform(self):
-        return self.dataset.transform
-
-    @transform.setter
+    @Wrapper.transform.setter
     def transform(self, transform) -> None:
         self.dataset.transform = transform
         self.kept = self._kept.setdefault((self.key, repr(transform)), {})
@@ -150,13 +142,13 @@ def figures(logits: Tensor, labels: Tensor) -> Dict[str, float]:
         ece=sum(gaps) / len(labels))
 
 
-def score(folder: Path, test: Path, train: Optional[Path] = None) -> Dict[str, Dict[str, float]]:
+def score(folder: Path, test: Path, trained_on: Optional[Path] = None) -> Dict[str, Dict[str, float]]:
     """What is measured on a finished model.
 
     Args:
         folder: The model.
         test: Its test split.
-        train: The split it was trained on, for `'robust'`.
+        trained_on: The split it was trained on, for `'robust'`.
 
     Returns:
         `'test'`: figures on the test set. For random-partition layers also `'routed'`: the same on a quarter of the
@@ -178,12 +170,12 @@ def score(folder: Path, test: Path, train: Optional[Path] = None) -> Dict[str, D
             layer.train()
         result['routed'] = figures(predict(model, images[::4]), labels[::4])
         model = ewa.to_dense(model).eval()
-    if train is not None and not any(moe_layers(model)):
+    if trained_on is not None and not any(moe_layers(model)):
         generator = torch.Generator().manual_seed(0)
         part, part_labels = images[::4], labels[::4]
         noise = torch.randn(part.shape, generator=generator)
         robust = {f'noisy_{k}': v for k, v in figures(predict(model, part + 0.5 * noise), part_labels).items()}
-        images, labels = tensors(train, config, 1000)
+        images, labels = tensors(trained_on, config, 1000)
         loss = figures(predict(model, images), labels)['nll']
         matrices = [p for p in model.parameters() if p.ndim > 1]
         weights = [p.detach().clone() for p in matrices]
@@ -281,13 +273,12 @@ def run_stage(study: str, runs: Sequence[Run], work: Path, jobs: int) -> None:
         RuntimeError: Runs failed; the others are done.
     """
     done = {line['name']: line for line in read_results(study)}
-    for run in runs:
-        expected = record(run, work)
-        other = [key for key in expected['flags'].keys() | done.get(run.name, expected)['flags'].keys()
-                 if done.get(run.name, expected)['flags'].get(key) != expected['flags'].get(key)]
+    for run in (run for run in runs if run.name in done):
+        old, new = done[run.name]['flags'], record(run, work)['flags']
+        other = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         if other:
             raise ValueError(
-                f'{RESULTS / study}.jsonl has a run {run.name} with other flags ({", ".join(sorted(other))}): move '
+                f'{RESULTS / study}.jsonl has a run {run.name} with other flags ({", ".join(other)}): move '
                 f'that file away to do the study anew.')
     todo = [run for run in runs if run.name not in done]
     print(f'{study}: {len(runs) - len(todo)} of {len(runs)} runs are done', flush=True)

@@ -8,7 +8,7 @@ from torch import nn
 
 import ewa
 import reference
-from ewa.diagnostics import advise, cosines, distances_to_mean, usage_figure, write_report
+from ewa.diagnostics import advise, cosines, distances_to_mean, similarity_figure, usage_figure, write_report
 from ewa.moe import moe_layers
 from gated import GLU, foreign, gated, hide, make_equal, permute, scatter, sequences
 
@@ -219,3 +219,18 @@ class TestReport:
         figure = usage_figure(records + more)
         shown = figure.axes[0].images[0].get_array()
         assert shown.shape == (4, 4) and shown[3, :2].tolist() == pytest.approx(more[1]['usage'])
+
+
+def test_models_without_a_router_are_not_run(tiny, monkeypatch):
+    model = ewa.to_moe(tiny('vit_tiny_patch16_224'), 2)
+    expected = ewa.diagnose(model)
+    monkeypatch.setattr(model, 'forward', None)
+    assert ewa.diagnose(model, [torch.zeros(1)]) == expected
+
+
+def test_similarity_is_written_in_the_heat_map(tiny):
+    records = ewa.diagnose(gated(tiny('vit_tiny_patch16_224'), router='random', num_experts=3))
+    axes = [axis for axis in similarity_figure(records).axes if axis.get_title()]
+    for axis, record in zip(axes, records, strict=True):
+        written = [float(text.get_text()) for text in axis.texts]
+        assert written == pytest.approx(sum(record['similarity'], []), abs=0.0051)
