@@ -79,7 +79,7 @@ def setting(data: Path, work: Path, gpu: bool, seeds: Optional[int]) -> Setting:
     info = data / 'info.json'
     name = json.loads(info.read_text(encoding='utf-8'))['set'] if info.exists() else data.name
     flags = dict(BASE, **{'data-dir': str(data)}, **SETS.get(name, {'img-size': 224}))
-    size, lengths = {'digits': (250, (20, 80)), 'glyphs': (8000, (10, 40))}.get(name, (2000, (10, 40)))
+    size, lengths = {'digits': (250, (20, 80)), 'glyphs': (8000, (5, 20))}.get(name, (2000, (10, 40)))
     if gpu:
         # ViT-S on patches of half the side, six times the images, augmentation; no flips, for characters
         small = {'embed_dim': 384, 'depth': 12, 'num_heads': 6}
@@ -126,32 +126,41 @@ FAMILIES: Dict[str, Tuple[Flags, str]] = {
 
 
 def tune(s: Setting) -> Iterator[List[Run]]:
-    """Learning rate, then weight decay, then drop-path of each family, by validation top-1: six runs each."""
-    rates = [s.flags['lr'] * factor for factor in (0.5, 1, 2)]
-    trials = [('lr', rates), ('weight-decay', (0.2,)), ('drop-path', (0.1, 0.2))]
-    for stage, (flag, values) in enumerate(trials):
-        runs = []
-        for family, (extra, baseline) in FAMILIES.items():
-            start = {'lr': s.flags['lr'], 'weight-decay': 0.05, 'drop-path': 0.}
-            if stage:
-                start.update(chosen(s, family, stage))
-            for value in values:
-                flags = dict(start, **{flag: value})
-                name = f'{family}-{flags["lr"]}-{flags["weight-decay"]}-{flags["drop-path"]}'
-                runs.append(s.train(
-                    name, dict(family=family, stage=stage, seed=100), s.size, s.lengths[1], baseline, **extra, **flags))
-        yield runs
+    """Learning rate, then weight decay, then drop-path of each family, by validation top-1: six runs each a length."""
+    for families in (('dense', 'EWA', 'no pull'), ('learned fusion',)):
+        for epochs in s.lengths[::-1]:
+            # short trainings like larger learning rates
+            rates = [s.flags['lr'] * factor for factor in ((0.5, 1, 2) if epochs == s.lengths[1] else (1, 2, 4))]
+            trials = [('lr', rates), ('weight-decay', (0.2,)), ('drop-path', (0.1, 0.2))]
+            for stage, (flag, values) in enumerate(trials):
+                runs = []
+                for family in families:
+                    extra, baseline = FAMILIES[family]
+                    start = {'lr': s.flags['lr'], 'weight-decay': 0.05, 'drop-path': 0.}
+                    if stage:
+                        start.update(chosen(s, family, epochs, stage))
+                    for value in values:
+                        flags = dict(start, **{flag: value})
+                        name = f'{family}-{flags["lr"]}-{flags["weight-decay"]}-{flags["drop-path"]}'
+                        runs.append(s.train(
+                            name, dict(family=family, stage=stage, seed=100), s.size, epochs, baseline, **extra,
+                            **flags))
+                yield runs
 
 
-def chosen(s: Setting, family: str, stages: int = 3) -> Flags:
+def chosen(s: Setting, family: str, epochs: int, stages: int = 3) -> Flags:
     """Learning rate, weight decay and drop-path of a family with the best validation top-1 in the first stages of tune.
 
-    Equal ones are told apart by validation loss. `stages=3` looks at runs with drop-path only.
+    Equal ones are told apart by validation loss. `epochs`: one of `s.lengths`; `stages=3` looks at runs with drop-path
+    only.
     """
-    lines = [line for line in read_results(s.study('tune')) if line['labels']['family'] == family
+    lines = [line for line in read_results(s.study('tune'))
+             if line['labels']['family'] == family and line['labels']['epochs'] == epochs
              and (line['labels']['stage'] == 2 if stages == 3 else line['labels']['stage'] < stages)]
     if not lines:
-        raise ValueError(f'no runs of {family} in results/{s.study("tune")}.jsonl: run the study tune on this set')
+        raise ValueError(
+            f'no runs of {family} over {epochs} epochs in results/{s.study("tune")}.jsonl: run the study tune on this '
+            'set')
     best = max(lines, key=lambda line: (line['last']['eval_top1'], -line['last']['eval_loss']))
     return {key: best['flags'][key] for key in ('lr', 'weight-decay', 'drop-path')}
 
@@ -166,14 +175,17 @@ def main_study(s: Setting) -> Iterator[List[Run]]:
     others = [('whole images', *whole, 'EWA', 2, {}), ('static fusion', *static, 'learned fusion', 2, {}),
               ('learned fusion', *FAMILIES['learned fusion'], 'learned fusion', 2, {})]
     short, long = s.lengths
-    cells = [(s.size, long), (s.size, short), (s.size // 4, long * 5 // 2), (s.size // 4, short * 5 // 2),
-             (s.size * 4, max(1, long * 3 // 10)), (s.size * 4, max(1, short * 3 // 10))]
-    for variants in (first, others):
-        for size, epochs in cells:
-            yield [
-                s.train(name, dict(variant=name, seed=seed), size, epochs, baseline,
-                        **dict(flags, **chosen(s, family, stages), **more))
-                for seed in range(s.seeds or 5) for name, flags, baseline, family, stages, more in variants]
+    # a quarter of the images for 2.5 times the epochs, four times the images for half of them
+    small, large = (s.size // 4, 5, 2), (s.size * 4, 1, 2)
+    blocks = [[((s.size, 1, 1), long), ((s.size, 1, 1), short)], [(small, long), (large, long)],
+              [(small, short), (large, short)]]
+    for cells in blocks:
+        for variants in (first, others):
+            for (size, times, by), length in cells:
+                yield [
+                    s.train(name, dict(variant=name, seed=seed), size, max(2, length * times // by), baseline,
+                            **dict(flags, **chosen(s, family, length, stages), **more))
+                    for seed in range(s.seeds or 5) for name, flags, baseline, family, stages, more in variants]
 
 
 def bounded(s: Setting) -> Iterator[List[Run]]:

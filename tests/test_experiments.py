@@ -200,19 +200,20 @@ def test_interval_is_students():
 
 
 def test_choice_is_by_validation(monkeypatch):
-    def trial(lr, drop_path, stage, top1):
+    def trial(lr, drop_path, stage, top1, epochs=40):
         return dict(
-            labels=dict(family='dense', stage=stage), last=dict(eval_top1=top1, eval_loss=lr), test=dict(top1=0),
+            labels=dict(family='dense', stage=stage, epochs=epochs), last=dict(eval_top1=top1, eval_loss=lr), test=dict(top1=0),
             flags={'lr': lr, 'weight-decay': 0.05, 'drop-path': drop_path})
 
     trials = [trial(0.1, 0., 0, 70.), trial(0.3, 0., 0, 72.), trial(0.2, 0., 0, 72.), trial(0.2, 0.1, 2, 71.),
-              trial(0.2, 0.2, 2, 69.)]
+              trial(0.2, 0.2, 2, 69.), trial(0.4, 0., 0, 90., epochs=10)]
     monkeypatch.setattr(studies, 'read_results', lambda name: trials)
     setting = studies.setting(Path('some'), Path('work'), False, None)
-    assert studies.chosen(setting, 'dense', 2) == {'lr': 0.2, 'weight-decay': 0.05, 'drop-path': 0.}
-    assert studies.chosen(setting, 'dense', 3) == {'lr': 0.2, 'weight-decay': 0.05, 'drop-path': 0.1}
+    assert studies.chosen(setting, 'dense', 40, 2) == {'lr': 0.2, 'weight-decay': 0.05, 'drop-path': 0.}
+    assert studies.chosen(setting, 'dense', 10, 2)['lr'] == 0.4
+    assert studies.chosen(setting, 'dense', 40, 3) == {'lr': 0.2, 'weight-decay': 0.05, 'drop-path': 0.1}
     with pytest.raises(ValueError, match='run the study tune'):
-        studies.chosen(setting, 'no pull')
+        studies.chosen(setting, 'no pull', 40)
 
 
 @pytest.mark.parametrize('gpu', [False, True])
