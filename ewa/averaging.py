@@ -173,8 +173,8 @@ class ExpertAverager:
 
         Raises:
             RuntimeError: This averager is attached already (experts would be pulled twice a step).
-            TypeError: The optimizer does not run hooks from its first step on, as timm's `Lookahead`; call `step()` after its
-                steps instead.
+            TypeError: The optimizer does not run hooks from its first step on, as timm's `Lookahead`; call `step()`
+                after its steps instead.
         """
         if self._handle is not None and self._handle.id in (self._handle.hooks_dict_ref() or {}):
             raise RuntimeError('This ExpertAverager is attached already; call .remove() on its handle first.')

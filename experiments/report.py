@@ -34,6 +34,14 @@ def interval(values: Sequence[float], level: float = 0.95) -> Tuple[float, float
     return statistics.mean(values) - half, statistics.mean(values) + half
 
 
+def with_interval(values: Sequence[float], digits: int) -> str:
+    """`mean (low to high)` of differences, one a seed; the bare mean of a single one."""
+    if len(values) < 2:
+        return ''.join(f'{value:+.{digits}f}' for value in values)
+    low, high = interval(values)
+    return f'{statistics.mean(values):+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})'
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = ['| ' + ' | '.join(header) + ' |', '|' + '---|' * len(header)]
@@ -93,18 +101,22 @@ def _error_bars(axis, columns: Sequence[Any], groups: Dict[str, List[List[float]
 
 
 def tune(lines: Lines, name: str) -> str:
-    """The table of the study `tune`: what was chosen for each family."""
+    """The table of the study `tune`: what was chosen for each family at each length."""
     rows = []
-    for family in _unique(lines, 'family'):
-        group = [line for line in lines if line['labels']['family'] == family]
-        cells = [family, str(len(group))]
-        for pick in (lambda line: line['labels']['stage'] < 2, lambda line: line['labels']['stage'] == 2):
-            best = max(filter(pick, group), key=lambda line: line['last']['eval_top1'], default=None)
-            cells += ['', ''] if best is None else [
-                ', '.join(f'{best["flags"][key]:g}' for key in ('lr', 'weight-decay', 'drop-path')),
-                f'{best["last"]["eval_top1"]:.2f}']
-        rows.append(cells)
-    header = ('family', 'runs', 'lr, weight decay, drop-path', 'val top-1', 'with drop-path', 'val top-1')
+    for epochs in sorted(_unique(lines, 'epochs'), reverse=True):
+        for family in _unique(lines, 'family'):
+            group = _select(lines, family=family, epochs=epochs)
+            if not group:
+                continue
+            cells = [f'{epochs}', family, str(len(group))]
+            for pick in (lambda line: line['labels']['stage'] < 2, lambda line: line['labels']['stage'] == 2):
+                best = max(filter(pick, group), default=None,
+                           key=lambda line: (line['last']['eval_top1'], -line['last']['eval_loss']))
+                cells += ['', ''] if best is None else [
+                    ', '.join(f'{best["flags"][key]:g}' for key in ('lr', 'weight-decay', 'drop-path')),
+                    f'{best["last"]["eval_top1"]:.2f}']
+            rows.append(cells)
+    header = ('epochs', 'family', 'runs', 'lr, weight decay, drop-path', 'val top-1', 'with drop-path', 'val top-1')
     return '\n'.join([table(header, rows), '', _provenance(lines, 'Validation split, one run a cell.')])
 
 
@@ -154,10 +166,6 @@ PAIRS = (('EWA', 'dense'), ('EWA, drop-path', 'dense, drop-path'), ('EWA', 'dens
 
 def comparisons(groups: Groups, cells: Cells) -> str:
     """Paired differences of single pairs, with intervals."""
-    def with_interval(values: List[float], digits: int) -> str:
-        low, high = interval(values)
-        return f'{statistics.mean(values):+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})'
-
     rows = []
     for first, second in PAIRS:
         for cell in cells:
@@ -242,13 +250,18 @@ def share_rate(lines: Lines, name: str) -> str:
     def values(label: str, rate: float, read: Callable[[Dict[str, Any]], float]) -> List[float]:
         return [read(line) for line in groups[label] if line['labels']['rate'] == rate]
 
+    def to_dense(group: Lines, key: str, digits: int) -> str:
+        dense = _select(lines, variant='dense', epochs=group[0]['labels']['epochs'])
+        return mean_se(_paired(_by_seed(group, _test(key)), _by_seed(dense, _test(key))), digits, True)
+
     rows = []
     for epochs in lengths:
         dense = _select(lines, variant='dense', epochs=epochs)
         if dense:
             rows.append((
                 f'dense, {epochs} epochs', '', str(len(dense)), mean_se([d['last']['eval_top1'] for d in dense]),
-                mean_se([d['test']['top1'] for d in dense]), mean_se([d['test']['nll'] for d in dense], 3), '', '', ''))
+                mean_se([d['test']['top1'] for d in dense]), '', mean_se([d['test']['nll'] for d in dense], 3), '', '',
+                '', ''))
     for label in groups:
         for rate in rates:
             cells = values(label, rate, _test('top1'))
@@ -256,12 +269,14 @@ def share_rate(lines: Lines, name: str) -> str:
                 rows.append((
                     label, f'{rate:g}', str(len(cells)),
                     mean_se(values(label, rate, lambda line: line['last']['eval_top1'])), mean_se(cells),
+                    to_dense([line for line in groups[label] if line['labels']['rate'] == rate], 'top1', 2),
                     mean_se(values(label, rate, _test('nll')), 3),
+                    to_dense([line for line in groups[label] if line['labels']['rate'] == rate], 'nll', 3),
                     mean_se(values(label, rate, lambda line: line['routed']['top1'] - line['dense']['top1']), 2, True),
                     mean_se(values(label, rate, lambda line: line['routed']['nll'] - line['dense']['nll']), 3, True),
                     mean_se(values(label, rate, distance), 3)))
-    parts = [table(('setting', 'share rate', 'seeds', 'val top-1', 'test top-1', 'test NLL',
-                    'top-1 of the MoE itself minus that', 'NLL likewise', 'distance to mean'), rows)]
+    parts = [table(('setting', 'share rate', 'seeds', 'val top-1', 'test top-1', 'to dense', 'test NLL', 'to dense',
+                    'top-1 of the MoE itself minus its dense form', 'NLL likewise', 'distance to mean'), rows)]
     figure = Figure(figsize=(11, 3.4), layout='constrained')
     axes = figure.subplots(1, 3)
     for axis, (what, read) in zip(axes, (('test top-1 (%)', _test('top1')), ('test NLL', _test('nll')),
@@ -278,12 +293,13 @@ def share_rate(lines: Lines, name: str) -> str:
     for label, group in {'4 experts, all layers': base, **others}.items():
         if group:
             rows.append((label, str(len(group)), mean_se([line['last']['eval_top1'] for line in group]),
-                         mean_se([line['test']['top1'] for line in group]),
-                         mean_se([line['test']['nll'] for line in group], 3),
+                         mean_se([line['test']['top1'] for line in group]), to_dense(group, 'top1', 2),
+                         mean_se([line['test']['nll'] for line in group], 3), to_dense(group, 'nll', 3),
                          mean_se([distance(line) for line in group], 3)))
     if rows:
         parts += ['', f'Experts and layers, share rate 0.001, {lengths[-1]} epochs:', '',
-                  table(('setting', 'seeds', 'val top-1', 'test top-1', 'test NLL', 'distance to mean'), rows)]
+                  table(('setting', 'seeds', 'val top-1', 'test top-1', 'to dense', 'test NLL', 'to dense',
+                         'distance to mean'), rows)]
     return '\n'.join([*parts, '', experts(lines, name, lengths[-1], usual), '', _provenance(lines)])
 
 
@@ -357,7 +373,16 @@ def finetune(lines: Lines, name: str) -> str:
             row.append(f'{pick[size, variant][0]["labels"]["lr"]:g}' if (size, variant) in pick else '')
         rows.append(row)
     header = ['variant'] + [f'{size} images: {what}' for size in sizes for what in ('top-1', 'NLL', 'lr')]
-    return '\n'.join([table(header, rows), '', _provenance(lines)])
+    parts = [table(header, rows), '', '95 % intervals (Student, over seeds) of differences to dense:', '']
+    rows = []
+    for size, variant in pick:
+        if variant != 'dense':
+            found = [_paired(*(_by_seed(pick[size, v], _test(key)) for v in (variant, 'dense')))
+                     for key in ('top1', 'nll')]
+            rows.append((f'{size}', variant, with_interval(found[0], 2), with_interval(found[1], 3),
+                         str(len(found[0]))))
+    parts.append(table(('images', 'variant', 'top-1', 'NLL', 'seeds'), rows))
+    return '\n'.join([*parts, '', _provenance(lines)])
 
 
 def gated(lines: Lines, name: str) -> str:
@@ -377,7 +402,21 @@ def gated(lines: Lines, name: str) -> str:
                      for line in group if line['experts']]
         rows.append([*row, mean_se(distances, 3)])
     header = ('variant', 'top-1', 'NLL', 'averaged: top-1', 'averaged: NLL', 'MoE to dense, top-1', 'distance to mean')
-    return '\n'.join([table(header, rows), '', _provenance(lines)])
+    parts = [table(header, rows), '', _wrap(
+        '95 % intervals (Student, over seeds): the MoE against the one without pulls, and what averaging its experts '
+        'changes:'), '']
+    rows = []
+
+    def scores(variant: str, kind: str, key: str) -> Dict[int, float]:
+        return _by_seed(_select(lines, variant=variant, kind=kind), _test(key))
+
+    for variant in _unique(_select(lines, kind='average'), 'variant'):
+        gains = [_paired(scores(variant, 'moe', key), scores('no pull', 'moe', key)) for key in ('top1', 'nll')]
+        costs = [_paired(scores(variant, 'average', key), scores(variant, 'moe', key)) for key in ('top1', 'nll')]
+        texts = [with_interval(values, digits) for values, digits in zip((*gains, *costs), (2, 3, 2, 3))]
+        rows.append((variant, *(['', ''] if variant == 'no pull' else texts[:2]), *texts[2:], str(len(costs[0]))))
+    parts.append(table(('variant', 'MoE, top-1', 'MoE, NLL', 'averaging, top-1', 'averaging, NLL', 'seeds'), rows))
+    return '\n'.join([*parts, '', _provenance(lines)])
 
 
 def gathering(lines: Lines, name: str) -> str:

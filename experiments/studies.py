@@ -76,16 +76,18 @@ class Setting:
 
 def setting(data: Path, work: Path, gpu: bool, seeds: Optional[int]) -> Setting:
     """What is known of a data set, from its `info.json`, or else from its name."""
-    info = data / 'info.json'
-    name = json.loads(info.read_text(encoding='utf-8'))['set'] if info.exists() else data.name
-    flags = dict(BASE, **{'data-dir': str(data)}, **SETS.get(name, {'img-size': 224}))
+    path = data / 'info.json'
+    info = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    name, side = info.get('set', data.name), info.get('size', 224)
+    own = SETS.get(name, {'img-size': side, 'model-kwargs': dict(WIDTH, patch_size=side // 4)})
+    flags = dict(BASE, **{'data-dir': str(data)}, **own)
     size, lengths = {'digits': (250, (20, 80)), 'glyphs': (8000, (5, 20))}.get(name, (2000, (10, 40)))
     if gpu:
         # ViT-S on patches of half the side, six times the images, augmentation; no flips, for characters
         small = {'embed_dim': 384, 'depth': 12, 'num_heads': 6}
-        patch = SETS[name]['model-kwargs']['patch_size'] if name in SETS else 16
+        patch = max(2, own['model-kwargs']['patch_size'] // 2)
         flags.update({
-            'model': 'vit_small_patch16_224', 'model-kwargs': dict(small, patch_size=max(2, patch // 2)), 'lr': 0.001,
+            'model': 'vit_small_patch16_224', 'model-kwargs': dict(small, patch_size=patch), 'lr': 0.001,
             'batch-size': 256, 'workers': 6, 'amp': True, 'amp-dtype': 'bfloat16', 'warmup-epochs': 5, 'no-aug': False,
             'hflip': 0.0, 'scale': (0.6, 1.0), 'aa': 'rand-m7-mstd0.5', 'reprob': 0.1, 'smoothing': 0.1})
         size, lengths = 12000, (50, 200)

@@ -202,8 +202,8 @@ def test_interval_is_students():
 def test_choice_is_by_validation(monkeypatch):
     def trial(lr, drop_path, stage, top1, epochs=40):
         return dict(
-            labels=dict(family='dense', stage=stage, epochs=epochs), last=dict(eval_top1=top1, eval_loss=lr), test=dict(top1=0),
-            flags={'lr': lr, 'weight-decay': 0.05, 'drop-path': drop_path})
+            labels=dict(family='dense', stage=stage, epochs=epochs), test=dict(top1=0),
+            last=dict(eval_top1=top1, eval_loss=lr), flags={'lr': lr, 'weight-decay': 0.05, 'drop-path': drop_path})
 
     trials = [trial(0.1, 0., 0, 70.), trial(0.3, 0., 0, 72.), trial(0.2, 0., 0, 72.), trial(0.2, 0.1, 2, 71.),
               trial(0.2, 0.2, 2, 69.), trial(0.4, 0., 0, 90., epochs=10)]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from experiments import data
+from experiments import data, glyphs
 
 
 def read(path):
@@ -69,6 +69,39 @@ def test_an_existing_output_is_refused_and_kept(tmp_path, capsys):
     assert (tmp_path / 'set' / 'file').read_text() == 'mine'
 
 
+def photographs(root, classes=('cat', 'dog'), train=20):
+    """An ImageNet-style folder of images of several shapes, each of one colour of its own."""
+    value = 0
+    for split, count in (('train', train), ('val', 3)):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                value += 1
+                Image.new('RGB', (40 + i, 30), (value, 0, 0)).save(root / split / name / f'{split}{i}.PNG')
+    return root
+
+
+def test_a_folder_becomes_a_set_whose_test_images_are_its_val(tmp_path):
+    source, output = photographs(tmp_path / 'photographs'), tmp_path / 'set'
+    assert data.main(['folder', '--source', str(source), '--output', str(output), '--size', '16']) == 0
+    splits = {split: read(output / f'{split}.tar') for split in data.SPLITS}
+    assert {split: len(images) for split, images in splits.items()} == dict(train=36, val=4, test=6)
+    assert Counter(name.split('/')[0] for name in splits['val']) == dict(cat=2, dog=2)
+    assert all(name.split('/')[1].startswith('val') for name in splits['test'])
+    images = [image for split in splits.values() for image in split.values()]
+    assert len({int(image[0, 0, 0]) for image in images}) == 46  # no image is lost or in two splits
+    assert all(image.shape == (16, 16, 3) for image in images)
+
+
+def test_a_folder_without_images_or_with_too_few_is_refused(tmp_path, capsys):
+    source = photographs(tmp_path / 'photographs', train=3)
+    assert data.main(['folder', '--source', str(source), '--output', str(tmp_path / 'set')]) == 2
+    assert 'train/cat has too few images for a val split' in capsys.readouterr().err
+    assert data.main(['folder', '--source', str(source / 'train'), '--output', str(tmp_path / 'set')]) == 2
+    assert 'has no images train/CLASS' in capsys.readouterr().err
+    assert not (tmp_path / 'set').exists()
+
+
 @pytest.mark.parametrize('name', ['fashion', 'glyphs'])
 def test_missing_files_are_answered_with_the_apt_line(name, tmp_path, capsys):
     (tmp_path / 'empty').mkdir()
@@ -94,22 +127,22 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     ('18 Holes BRK', 'holes'), ('3270', '3270'),
 ])
 def test_superfamily_is_the_leading_word(name, expected):
-    assert data.superfamily(name) == expected
+    assert glyphs.superfamily(name) == expected
 
 
 def test_weights_and_widths_belong_to_one_family():
     names = ('Lato', 'Lato Light', 'Lato Semibold', 'Lato Extra Condensed', 'Lato Black Italic')
-    assert {data.base_family(name) for name in names} == {'Lato'}
-    assert data.base_family('Bold Street') == 'Bold Street'
+    assert {glyphs.base_family(name) for name in names} == {'Lato'}
+    assert glyphs.base_family('Bold Street') == 'Bold Street'
 
 
 def test_split_keeps_superfamilies_together_and_deals_out_coverage():
     rng = np.random.default_rng(0)
     characters = {f'{chr(65 + i // 26)}{chr(97 + i % 26)}x {kind}': 250 if i % 4 == 0 else 80
                   for i in range(200) for kind in ('Sans', 'Serif', 'Mono')[:1 + i % 3]}
-    parts = data.split_families(characters, data.FRACTIONS, rng)
+    parts = glyphs.split_families(characters, data.FRACTIONS, rng)
     assert sorted(sum(parts.values(), [])) == sorted(characters)
-    groups = [{data.superfamily(name) for name in members} for members in parts.values()]
+    groups = [{glyphs.superfamily(name) for name in members} for members in parts.values()]
     assert sum(map(len, groups)) == len(set.union(*groups))
     rich = sum(n == 250 for n in characters.values())
     for part, fraction in data.FRACTIONS.items():
@@ -122,25 +155,25 @@ def test_near_duplicates_keeps_the_first_of_each_cluster():
     distinct = rng.normal(size=(6, 400))
     vectors = np.concatenate([distinct, distinct[[4, 1, 1]] + 0.05 * rng.normal(size=(3, 400))])
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    assert data.near_duplicates(vectors, 0.97).tolist() == [False] * 6 + [True] * 3
+    assert glyphs.near_duplicates(vectors, 0.97).tolist() == [False] * 6 + [True] * 3
 
 
 def synthetic_face(family, rng, noise):
     """A face whose characters are fixed random blots, with `noise` of its own."""
-    glyphs = {}
-    for char in data.PROBE:
+    drawn = {}
+    for char in glyphs.PROBE:
         blot = np.random.default_rng(ord(char)).uniform(0, 255, (6, 6)) + noise * rng.normal(size=(6, 6))
-        glyphs[char] = Image.fromarray(np.clip(blot, 0, 255).astype(np.uint8)).resize((30, 40))
-    return data.Face(family, None, glyphs)
+        drawn[char] = Image.fromarray(np.clip(blot, 0, 255).astype(np.uint8)).resize((30, 40))
+    return glyphs.Face(family, None, drawn)
 
 
 def test_select_drops_copies_and_faces_of_other_symbols():
     rng = np.random.default_rng(0)
     faces = [synthetic_face(f'Design {i}', rng, 80) for i in range(12)]
-    copy = data.Face('Copy', None, {c: g.resize((60, 80)) for c, g in faces[3].glyphs.items()})
-    symbols = data.Face('Symbols', None, dict(zip(data.PROBE, list(faces[5].glyphs.values())[::-1])))
-    partial = data.Face('Partial', None, dict(list(faces[7].glyphs.items())[:-1]))
-    kept = {face.family for face in data.select_faces(faces + [copy, symbols, partial])}
+    copy = glyphs.Face('Copy', None, {c: g.resize((60, 80)) for c, g in faces[3].glyphs.items()})
+    symbols = glyphs.Face('Symbols', None, dict(zip(glyphs.PROBE, list(faces[5].glyphs.values())[::-1])))
+    partial = glyphs.Face('Partial', None, dict(list(faces[7].glyphs.items())[:-1]))
+    kept = {face.family for face in glyphs.select_faces(faces + [copy, symbols, partial])}
     assert kept == {f'Design {i}' for i in range(12) if i != 3} | {'Copy'}  # 'Copy' comes first by name
 
 
@@ -148,13 +181,14 @@ def test_render_is_reproducible_and_keeps_its_contrast():
     glyph = Image.new('L', (40, 60))
     ImageDraw.Draw(glyph).rectangle((10, 5, 30, 55), fill=255)
     for seed in range(20):
-        image = data.render(glyph, 32, np.random.default_rng(seed), contrast=80., noise=0.)
+        image = glyphs.render(glyph, 32, np.random.default_rng(seed), contrast=80., noise=0.)
         assert image.size == (32, 32) and image.mode == 'RGB'
-        assert image.tobytes() == data.render(glyph, 32, np.random.default_rng(seed), contrast=80., noise=0.).tobytes()
+        again = glyphs.render(glyph, 32, np.random.default_rng(seed), contrast=80., noise=0.)
+        assert image.tobytes() == again.tobytes()
         assert np.ptp(np.asarray(image.convert('L'))) >= 70
 
 
 def test_classes_are_distinct_and_include_the_probe():
-    assert len(set(data.CLASSES)) == len(data.CLASSES) >= 200
-    assert set(data.PROBE) <= set(data.CLASSES)
-    assert len(set(data.PACKAGES)) == len(data.PACKAGES) and all(p.startswith('fonts-') for p in data.PACKAGES)
+    assert len(set(glyphs.CLASSES)) == len(glyphs.CLASSES) >= 200
+    assert set(glyphs.PROBE) <= set(glyphs.CLASSES)
+    assert len(set(glyphs.PACKAGES)) == len(glyphs.PACKAGES) and all(p.startswith('fonts-') for p in glyphs.PACKAGES)
