@@ -81,7 +81,7 @@ def setting(data: Path, work: Path, gpu: bool, seeds: Optional[int]) -> Setting:
     name, side = info.get('set', data.name), info.get('size', 224)
     own = SETS.get(name, {'img-size': side, 'model-kwargs': dict(WIDTH, patch_size=side // 4)})
     flags = dict(BASE, **{'data-dir': str(data)}, **own)
-    size, lengths = {'digits': (250, (20, 80)), 'glyphs': (8000, (5, 20))}.get(name, (2000, (10, 40)))
+    size, lengths = {'digits': (250, (20, 80)), 'glyphs': (8000, (5, 15))}.get(name, (2000, (10, 40)))
     if gpu:
         # ViT-S on patches of half the side, six times the images, augmentation; no flips, for characters
         small = {'embed_dim': 384, 'depth': 12, 'num_heads': 6}
