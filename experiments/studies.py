@@ -224,7 +224,7 @@ def finetune(s: Setting) -> Iterator[List[Run]]:
     variants.update({f'EWA {rate:g}' if rate else 'no pull': dict(EWA, **{'share-rate': rate})
                      for rate in (0., 1e-3, 1e-2, .1)})
     variants['EWA 0.001, drop-path'] = dict(EWA, **{'drop-path': 0.1})
-    for size in (100, 500):
+    for size in (500, 100):
         part = subset(folders['second'] / 'train.tar', size, s.work / f'{s.name}-second-{size}.tar')
         yield [
             Run(f'{size}-{variant}-{lr}-{seed}'.replace(', ', '-').replace(' ', '-'),
