@@ -115,6 +115,9 @@ def share_rate(s: Setting) -> Iterator[List[Run]]:
     yield [run(seed, long, rate, init='independent') for seed in few for rate in (0., 1e-3, 1e-2, .1, .75)]
     yield [run(seed, long, 1e-3, experts=experts) for seed in few for experts in (2, 8, 16)] + [
         run(seed, long, 1e-3, layers=layers) for seed in few for layers in ('every:2', 'last:2')]
+    # four times as long: do experts stay mergeable?
+    yield [run(0, 4 * long, rate) for rate in (0., 1e-3, 1e-2)] + [
+        s.train('dense', dict(variant='dense', seed=0), s.size, 4 * long)]
     yield [run(seed, long, rate, schedule)
            for seed in few for rate in (1e-2, .1, .75) for schedule in ('linear', 'cosine')]
 
