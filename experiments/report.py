@@ -375,15 +375,16 @@ def finetune(lines: Lines, name: str) -> str:
             row.append(f'{pick[size, variant][0]["labels"]["lr"]:g}' if (size, variant) in pick else '')
         rows.append(row)
     header = ['variant'] + [f'{size} images: {what}' for size in sizes for what in ('top-1', 'NLL', 'lr')]
-    parts = [table(header, rows), '', '95 % intervals (Student, over seeds) of differences to dense:', '']
+    parts = [table(header, rows), '', '95 % intervals (Student, over seeds):', '']
     rows = []
     for size, variant in pick:
-        if variant != 'dense':
-            found = [_paired(*(_by_seed(pick[size, v], _test(key)) for v in (variant, 'dense')))
+        references = [v for v in ('dense', 'dense, drop-path') if v != variant and v.count(',') <= variant.count(',')]
+        for reference in references if variant != 'dense' else ():
+            found = [_paired(*(_by_seed(pick[size, v], _test(key)) for v in (variant, reference)))
                      for key in ('top1', 'nll')]
-            rows.append((f'{size}', variant, with_interval(found[0], 2), with_interval(found[1], 3),
+            rows.append((f'{size}', f'{variant} - {reference}', with_interval(found[0], 2), with_interval(found[1], 3),
                          str(len(found[0]))))
-    parts.append(table(('images', 'variant', 'top-1', 'NLL', 'seeds'), rows))
+    parts.append(table(('images', 'difference', 'top-1', 'NLL', 'seeds'), rows))
     return '\n'.join([*parts, '', _provenance(lines)])
 
 

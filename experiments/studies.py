@@ -116,7 +116,7 @@ def share_rate(s: Setting) -> Iterator[List[Run]]:
     yield [run(seed, long, 1e-3, experts=experts) for seed in few for experts in (2, 8, 16)] + [
         run(seed, long, 1e-3, layers=layers) for seed in few for layers in ('every:2', 'last:2')]
     # four times as long: do experts stay mergeable?
-    yield [run(0, 4 * long, rate) for rate in (0., 1e-3, 1e-2)] + [
+    yield [run(0, 4 * long, rate) for rate in (0., 1e-3)] + [
         s.train('dense', dict(variant='dense', seed=0), s.size, 4 * long)]
     yield [run(seed, long, rate, schedule)
            for seed in few for rate in (1e-2, .1, .75) for schedule in ('linear', 'cosine')]
@@ -236,7 +236,7 @@ def finetune(s: Setting) -> Iterator[List[Run]]:
                     'data-dir': str(folders['second']), 'train-split': str(part),
                     'pretrained-path': str(s.work / s.study('finetune') / pretrained[seed] / 'last')}, **flags),
                 dict(variant=variant, images=size, lr=lr, seed=seed))
-            for seed in seeds for variant, flags in variants.items() for lr in (5e-4, 2e-3)]
+            for lr in (5e-4, 2e-3, 4e-3) for seed in seeds for variant, flags in variants.items()]
 
 
 def gated(s: Setting) -> Iterator[List[Run]]:
@@ -247,14 +247,15 @@ def gated(s: Setting) -> Iterator[List[Run]]:
     seeds = range(s.seeds or 5)
     whole = s.name == 'glyphs'
     rates = {'no pull': {'share-rate': 0.}, 'EWA 0.001': {'share-rate': 1e-3}, 'EWA 0.01': {'share-rate': 1e-2},
-             'EWA 0.1': {'share-rate': .1}}
+             'EWA 0.1': {'share-rate': .1}, 'EWA 0.01, linear': {'share-rate': 1e-2, 'share-schedule': 'linear'}}
     if not whole:
         rates['EWA 0.01, first half'] = {'share-rate': 1e-2, 'share-stop-epoch': s.lengths[1] / 2}
 
     def run(name, seed, flags):
         labels = dict(variant=name, kind='moe', seed=seed)
         if whole:
-            return Run(f'{name}-{seed}'.replace(' ', '-'), dict(s.flags, epochs=5, seed=seed, **flags), labels)
+            name = f'{name}-{seed}'.replace(' ', '-').replace(',', '')
+            return Run(name, dict(s.flags, epochs=5, seed=seed, **flags), labels)
         return s.train(name, labels, s.size, s.lengths[1], **flags)
 
     runs = [run(name, seed, dict(GATED, **flags)) for seed in seeds for name, flags in rates.items()]
