@@ -390,21 +390,26 @@ def finetune(lines: Lines, name: str) -> str:
 
 def gated(lines: Lines, name: str) -> str:
     """The table of the study `gated`: the MoE with pulls, and its average."""
-    dense = {key: _by_seed(_select(lines, variant='dense'), _test(key)) for key in ('top1', 'nll')}
+    dense = _by_seed(_select(lines, variant='dense'), _test('top1'))
     rows = []
-    for variant in _unique(lines, 'variant'):
+    order = ('dense', 'dense, longer', 'no pull')
+    variants = sorted(_unique(lines, 'variant'), key=lambda v: (order.index(v) if v in order else len(order), v))
+    for variant in variants:
         row = [variant]
         for kind in ('moe', 'average'):
             group = _select(lines, variant=variant, kind=kind)
             for key, digits in (('top1', 2), ('nll', 3)):
                 row.append(mean_se([line['test'][key] for line in group], digits))
+        for kind in ('moe', 'average'):
+            paired = _paired(_by_seed(_select(lines, variant=variant, kind=kind), _test('top1')), dense)
+            row.append('' if variant == 'dense' else mean_se(paired, 2, True))
         group = _select(lines, variant=variant, kind='moe')
-        paired = _paired(_by_seed(group, _test('top1')), dense['top1'])
-        row.append('' if variant == 'dense' else mean_se(paired, 2, True))
         distances = [statistics.mean(v[-1][1] for k, v in line['experts'].items() if k.startswith('distance'))
                      for line in group if line['experts']]
-        rows.append([*row, mean_se(distances, 3)])
-    header = ('variant', 'top-1', 'NLL', 'averaged: top-1', 'averaged: NLL', 'MoE to dense, top-1', 'distance to mean')
+        seconds = statistics.mean(line['last']['train_seconds'] for line in group)
+        rows.append([*row, mean_se(distances, 3), f'{seconds:.0f}', str(len(group))])
+    header = ('variant', 'top-1', 'NLL', 'averaged: top-1', 'averaged: NLL', 'to dense, top-1',
+              'averaged to dense, top-1', 'distance to mean', 'training, s', 'seeds')
     parts = [table(header, rows), '', _wrap(
         '95 % intervals (Student, over seeds): the MoE against the one without pulls, and what averaging its experts '
         'changes:'), '']
@@ -413,7 +418,7 @@ def gated(lines: Lines, name: str) -> str:
     def scores(variant: str, kind: str, key: str) -> Dict[int, float]:
         return _by_seed(_select(lines, variant=variant, kind=kind), _test(key))
 
-    for variant in _unique(_select(lines, kind='average'), 'variant'):
+    for variant in [v for v in variants if _select(lines, variant=v, kind='average')]:
         gains = [_paired(scores(variant, 'moe', key), scores('no pull', 'moe', key)) for key in ('top1', 'nll')]
         costs = [_paired(scores(variant, 'average', key), scores(variant, 'moe', key)) for key in ('top1', 'nll')]
         texts = [with_interval(values, digits) for values, digits in zip((*gains, *costs), (2, 3, 2, 3))]

@@ -4,6 +4,7 @@ Sizes are numbers of training images, lengths are epochs. Learning rate, weight 
 validation split; what the tables show is the test set.
 """
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -246,20 +247,23 @@ def gated(s: Setting) -> Iterator[List[Run]]:
     """
     seeds = range(s.seeds or 5)
     whole = s.name == 'glyphs'
-    rates = {'no pull': {'share-rate': 0.}, 'EWA 0.001': {'share-rate': 1e-3}, 'EWA 0.01': {'share-rate': 1e-2},
-             'EWA 0.1': {'share-rate': .1}, 'EWA 0.01, linear': {'share-rate': 1e-2, 'share-schedule': 'linear'}}
+    rates = {'no pull': {'share-rate': 0.}}
+    rates.update({f'EWA {rate:g}': {'share-rate': rate} for rate in (1e-3, 1e-2, .1)})
+    rates.update({f'EWA {rate:g}, linear': {'share-rate': rate, 'share-schedule': 'linear'} for rate in (3e-3, 1e-2)})
     if not whole:
         rates['EWA 0.01, first half'] = {'share-rate': 1e-2, 'share-stop-epoch': s.lengths[1] / 2}
 
-    def run(name, seed, flags):
-        labels = dict(variant=name, kind='moe', seed=seed)
+    def run(name, seed, flags, times=1.):
+        labels, epochs = dict(variant=name, kind='moe', seed=seed), math.ceil(times * (5 if whole else s.lengths[1]))
         if whole:
             name = f'{name}-{seed}'.replace(' ', '-').replace(',', '')
-            return Run(name, dict(s.flags, epochs=5, seed=seed, **flags), labels)
-        return s.train(name, labels, s.size, s.lengths[1], **flags)
+            return Run(name, dict(s.flags, epochs=epochs, seed=seed, **flags), labels)
+        return s.train(name, labels, s.size, epochs, **flags)
 
     runs = [run(name, seed, dict(GATED, **flags)) for seed in seeds for name, flags in rates.items()]
-    yield runs + [run('dense', seed, {}) for seed in seeds]
+    # a step of the MoE takes about 1.5 times the dense one
+    yield runs + [
+        run(name, seed, {}, times) for seed in seeds for name, times in (('dense', 1), ('dense, longer', 1.5))]
     yield [Run(f'{run.name}-average', dict(s.converting(), method='average'), dict(run.labels, kind='average'),
                'convert', str(s.work / s.study('gated') / run.name / 'last')) for run in runs]
 
