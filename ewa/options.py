@@ -147,7 +147,8 @@ def train_parser() -> Parser:
     group.add_argument('--num-experts', type=int, metavar='N', help='experts a MoE layer; makes a dense model a MoE')
     group.add_argument('--moe-layers', metavar='WHICH',
                        help='every:K, last:K, all, block indices "1,3,5", or a regular expression over FFN names')
-    group.add_argument('--expert-init', choices=('auto', 'copy', 'independent'), help='first weights of the experts')
+    group.add_argument('--expert-init', choices=('auto', 'copy', 'independent'),
+                       help='first weights of the experts (default: copy, of one FFN)')
     group.add_argument('--router', choices=('random', 'topk'), help='random partition (EWA) or gated')
     group.add_argument('--top-k', type=int, metavar='K', help='gated: experts a token')
     group.add_argument('--num-shared', type=int, metavar='N', help='gated: experts that see every token')

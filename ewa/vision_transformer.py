@@ -1,7 +1,8 @@
 """Names under which `timm.create_model` builds MoE models. `import ewa` registers them.
 
 `vit_ewa(host=NAME, ...)` makes a MoE model of any timm model with FFNs; the other names are that entry with host and
-router fixed. Keyword arguments of the host and of `ewa.to_moe` both pass.
+router fixed. Keyword arguments of the host and of `ewa.to_moe` both pass. Experts start as copies unless `init` says
+otherwise.
 """
 from typing import Any, Dict, Optional
 
@@ -104,7 +105,9 @@ def _create(
         raise ValueError(f'host={host!r} is not a model that timm knows; timm.list_models() lists them.')
     moe_args = {k: kwargs.pop(k) for k in (*MOE_ARGS, 'init') if k in kwargs}
     builder_args = ('pretrained_model_args', 'features_only', 'out_indices', 'feature_cls')
-    if pretrained and moe_args.get('init', 'auto') == 'auto':
+    # from scratch too copies did as well as independent draws or better, at every share rate (docs/results.md)
+    moe_args.setdefault('init', 'copy')
+    if pretrained and moe_args['init'] == 'auto':
         moe_args['init'] = 'copy'
     model_args = {k: v for k, v in kwargs.items() if k not in builder_args}
     host_args = dict(kwargs, cache_dir=cache_dir)

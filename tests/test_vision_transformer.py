@@ -98,6 +98,16 @@ def test_converted_and_created_models_describe_themselves_alike(tiny):
     assert {**created._model_args, **converted._model_args} == created._model_args
 
 
+@pytest.mark.parametrize('name', ['vit_tiny_ewa', 'vit_tiny_moe'])
+def test_experts_from_scratch_start_as_copies_unless_asked_otherwise(tiny, name):
+    def equal(**kwargs):
+        experts = tiny(name, **kwargs).blocks[1].mlp.experts
+        return all(torch.equal(expert.fc1.weight, experts[0].fc1.weight) for expert in experts)
+
+    assert equal() and equal(init='copy')
+    assert not equal(init='independent') and not equal(init='auto')
+
+
 class TestPretrained:
     @pytest.mark.parametrize('name', ['vit_tiny_ewa', 'vit_tiny_moe'])
     def test_vanilla_weights_are_copied_into_the_experts(self, tiny, images, vanilla_file, name):
