@@ -392,7 +392,7 @@ def gated(lines: Lines, name: str) -> str:
     """The table of the study `gated`: the MoE with pulls, and its average."""
     dense = _by_seed(_select(lines, variant='dense'), _test('top1'))
     rows = []
-    order = ('dense', 'dense, longer', 'no pull')
+    order = ('dense', 'dense, longer', 'no pull', 'no pull, longer')
     variants = sorted(_unique(lines, 'variant'), key=lambda v: (order.index(v) if v in order else len(order), v))
     for variant in variants:
         row = [variant]

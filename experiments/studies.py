@@ -263,7 +263,8 @@ def gated(s: Setting) -> Iterator[List[Run]]:
     runs = [run(name, seed, dict(GATED, **flags)) for seed in seeds for name, flags in rates.items()]
     # a step of the MoE takes about 1.5 times the dense one
     yield runs + [
-        run(name, seed, {}, times) for seed in seeds for name, times in (('dense', 1), ('dense, longer', 1.5))]
+        run(name, seed, flags, times) for seed in seeds for name, flags, times in (
+            ('dense', {}, 1), ('dense, longer', {}, 1.5), ('no pull, longer', dict(GATED, **rates['no pull']), 1.5))]
     yield [Run(f'{run.name}-average', dict(s.converting(), method='average'), dict(run.labels, kind='average'),
                'convert', str(s.work / s.study('gated') / run.name / 'last')) for run in runs]
 
