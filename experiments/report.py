@@ -362,8 +362,10 @@ def finetune(lines: Lines, name: str) -> str:
     for size in sizes:
         for variant in _unique(_select(lines, images=size), 'variant'):
             runs = [_select(lines, images=size, variant=variant, lr=lr) for lr in sorted(_unique(lines, 'lr'))]
-            pick[size, variant] = max(
-                filter(None, runs), key=lambda group: statistics.mean(line['last']['eval_top1'] for line in group))
+            runs = [_by_seed(group, lambda line: line) for group in runs if group]
+            common = set.intersection(*map(set, runs))  # not all learning rates have all seeds
+            best = max(runs, key=lambda group: statistics.mean(group[seed]['last']['eval_top1'] for seed in common))
+            pick[size, variant] = list(best.values())
     for variant in dict.fromkeys(variant for _, variant in pick):
         row = [variant]
         for size in sizes:
