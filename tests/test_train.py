@@ -215,7 +215,8 @@ def test_clipping_and_layer_decay(go):
 
 
 def test_share_rate_reaches_the_experts(go):
-    runs = [go('--share-rate', rate, '--epochs', 1, experiment=f'rate{rate}') for rate in (0, 0.75)]
+    runs = [go('--share-rate', rate, '--expert-init', 'independent', '--epochs', 1, experiment=f'rate{rate}')
+            for rate in (0, 0.75)]
     apart, together = (distances_to_mean(ewa.load(run / 'last'))['blocks.1.mlp'] for run in runs)
     assert apart > 1 and together < 1e-5
     run = go('--share-rate', 0.1, '--share-every', 2, '--share-stop-epoch', 1, '--log-interval', 1, experiment='stop')
