@@ -199,6 +199,19 @@ def test_interval_is_students():
     assert (low + high) / 2 == 3 and (high - low) / 2 == pytest.approx(half, rel=1e-3)
 
 
+def test_learning_rates_of_finetuning_are_compared_over_common_seeds():
+    def trial(variant, lr, seed, val):
+        entry = line(variant, seed, 50. + 100 * lr, lr=lr)
+        entry['last']['eval_top1'] = val
+        return entry
+
+    # seed 1 is hard and was not run at the larger rate
+    runs = ((0.1, 0, 80.), (0.1, 1, 60.), (0.2, 0, 75.))
+    trials = [trial(variant, *run) for variant in ('dense', 'EWA') for run in runs]
+    text = report.finetune(trials, 'some')
+    assert '| dense | 60.00 ± 0.00 |' in text and '| EWA | +0.00 ± 0.00 |' in text
+
+
 def test_choice_is_by_validation(monkeypatch):
     def trial(lr, drop_path, stage, top1, epochs=40):
         return dict(
