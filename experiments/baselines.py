@@ -1,19 +1,23 @@
 """What EWA is compared with, and is no part of the package: other partitions, weight fusion, a bounded distance.
 
-Each is put in the place of a class of `ewa` while a run of `train.py` lasts, so that all else stays the same loop.
+Each is put in the place of a class of `ewa` or of the optimizer while a run of `train.py` lasts, so that all else stays
+the same loop.
 
 Axis legend: `B` images, `N` tokens of an image, `D` width, `E` experts.
 """
 import contextlib
+from functools import partial
 from typing import Iterator
 from unittest import mock
 
 import torch
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import ewa
 import ewa.upcycle
+import train
 from ewa.averaging import ExpertAverager
 from ewa.diagnostics import distances_to_mean
 from ewa.moe import RandomPartitionMoE, mean_state, moe_layers
@@ -78,6 +82,22 @@ class BoundedAverager(ExpertAverager):
                 self._pull(experts, 1 - self.bound / distances[name])
 
 
+def slow_ffns(model: nn.Module, scale: float, **kwargs) -> torch.optim.Optimizer:
+    """timm's optimizer with `scale` times the learning rate for FFNs, and the same weight decay a step.
+
+    What experts that are made equal after each step come to with AdamW where noise rules its second moments: an expert
+    sees 1/E of the signal and 1/sqrt(E) of the noise, so their mean moves by 1/sqrt(E) of the dense FFN's step.
+    """
+    optimizer = create_optimizer_v2(model, **kwargs)
+    ffns = {id(p) for name, p in model.named_parameters() if '.mlp.' in name}
+    for group in list(optimizer.param_groups):
+        slow = [p for p in group['params'] if id(p) in ffns]
+        group['params'] = [p for p in group['params'] if id(p) not in ffns]
+        optimizer.add_param_group(dict(
+            group, params=slow, lr_scale=scale, weight_decay=group['weight_decay'] / scale))
+    return optimizer
+
+
 LAYERS = {'whole images': ImagePartitionMoE, 'static fusion': FusedMoE, 'learned fusion': LearnedFusionMoE}
 
 
@@ -86,7 +106,8 @@ def baseline(name: str) -> Iterator[None]:
     """Build and train models with a baseline in the place of random partition or of the pull, inside this context.
 
     Args:
-        name: A key of `LAYERS`, `'bound B'` for `BoundedAverager` with the bound `B`, or '' for nothing.
+        name: A key of `LAYERS`, `'bound B'` for `BoundedAverager` with the bound `B`, `'FFN lr S'` for `slow_ffns` with
+            the scale `S`, or '' for nothing.
     """
     if name in LAYERS:
         with mock.patch.object(ewa.upcycle, 'RandomPartitionMoE', LAYERS[name]):
@@ -95,7 +116,10 @@ def baseline(name: str) -> Iterator[None]:
         averager = type('BoundedAverager', (BoundedAverager,), dict(bound=float(name.split()[1])))
         with mock.patch.object(ewa, 'ExpertAverager', averager):
             yield
+    elif name.startswith('FFN lr '):
+        with mock.patch.object(train, 'create_optimizer_v2', partial(slow_ffns, scale=float(name.split()[2]))):
+            yield
     elif name:
-        raise ValueError(f'no baseline is called {name!r}; there are {", ".join(LAYERS)} and "bound B"')
+        raise ValueError(f'no baseline is called {name!r}; there are {", ".join(LAYERS)}, "bound B" and "FFN lr S"')
     else:
         yield

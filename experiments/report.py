@@ -448,10 +448,15 @@ def gathering(lines: Lines, name: str) -> str:
         share = 100 * benefit_kept(*means)
         return f' ({share:.0f} %)' if share >= 0 else ' (< 0)'
 
-    parts = [table(('model', 'top-1', 'NLL'), [
-        (title, mean_se([line['test']['top1'] for line in _select(lines, kind=kind)]),
-         mean_se([line['test']['nll'] for line in _select(lines, kind=kind)], 3))
-        for title, kind in (('gated MoE (teacher)', 'moe'), ('dense', 'dense'), ('EWA', 'ewa'))])]
+    models = {title: _select(lines, kind=kind)
+              for title, kind in (('gated MoE (teacher)', 'moe'), ('dense', 'dense'), ('EWA', 'ewa'))}
+    longer = _select(read_results(f'gated-{name}'), variant='dense, longer')
+    if longer and longer[0]['flags']['train-split'] == models['dense'][0]['flags']['train-split']:
+        models[f'dense, {longer[0]["flags"]["epochs"]} epochs (study gated)'] = longer
+    parts = [table(('model', 'top-1', 'NLL', 'training, s', 'seeds'), [
+        (title, mean_se([line['test']['top1'] for line in group]), mean_se([line['test']['nll'] for line in group], 3),
+         f'{statistics.mean(line["last"]["train_seconds"] for line in group):.0f}', str(len(group)))
+        for title, group in models.items() if group])]
     methods = _unique(_select(lines, kind='gathered'), 'method')
     costs = {}
     for budget in sorted(_unique(_select(lines, kind='distilled'), 'images')):

@@ -5,7 +5,7 @@ validation split; what the tables show is the test set.
 """
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -27,9 +27,12 @@ WIDTH: Flags = {'embed_dim': 64, 'depth': 4, 'num_heads': 4}
 SETS: Dict[str, Flags] = {
     'fashion': {'img-size': 28, 'in-chans': 1, 'mean': 0.286, 'std': 0.353, 'model-kwargs': dict(WIDTH, patch_size=7)},
     'digits': {'img-size': 8, 'in-chans': 1, 'mean': 0.305, 'std': 0.376, 'model-kwargs': dict(WIDTH, patch_size=2)},
-    'glyphs': {'img-size': 32, 'in-chans': 1, 'mean': 0.63, 'std': 0.18, 'lr': 0.001,
+    'glyphs': {'img-size': 32, 'in-chans': 1, 'mean': 0.63, 'std': 0.18, 'lr': 0.008,
                'model-kwargs': dict(WIDTH, patch_size=8)},
 }
+# trainings on all images of a set; on glyphs a model so narrow that experts can help it
+WHOLE: Dict[str, Flags] = {
+    'glyphs': {'epochs': 5, 'lr': 0.016, 'model-kwargs': dict(WIDTH, embed_dim=32, patch_size=8)}}
 EWA: Flags = {'num-experts': 4, 'moe-layers': 'all', 'expert-init': 'copy', 'share-rate': 0.001}
 GATED: Flags = {'num-experts': 8, 'router': 'topk', 'top-k': 2, 'moe-layers': 'every:2', 'expert-init': 'copy'}
 
@@ -47,6 +50,7 @@ class Setting:
         lengths: Short and long training, epochs at that size.
         seeds: Number of seeds; None: the study's.
         gpu: Whether this is the large version.
+        whole: Flags of trainings on all images; if there are none, `gated` takes the usual size.
     """
     name: str
     data: Path
@@ -56,6 +60,7 @@ class Setting:
     lengths: Tuple[int, int]
     seeds: Optional[int]
     gpu: bool = False
+    whole: Flags = field(default_factory=dict)
 
     def study(self, name: str) -> str:
         """What the results of a study on this set are called, and its folder of models."""
@@ -81,8 +86,8 @@ def setting(data: Path, work: Path, gpu: bool, seeds: Optional[int]) -> Setting:
     info = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
     name, side = info.get('set', data.name), info.get('size', 224)
     own = SETS.get(name, {'img-size': side, 'model-kwargs': dict(WIDTH, patch_size=side // 4)})
-    flags = dict(BASE, **{'data-dir': str(data)}, **own)
-    size, lengths = {'digits': (250, (20, 80)), 'glyphs': (8000, (5, 15))}.get(name, (2000, (10, 40)))
+    flags, whole = dict(BASE, **{'data-dir': str(data)}, **own), dict(WHOLE.get(name, {}))
+    size, lengths = {'digits': (250, (20, 80)), 'glyphs': (8000, (8, 24))}.get(name, (2000, (10, 40)))
     if gpu:
         # ViT-S on patches of half the side, six times the images, augmentation; no flips, for characters
         small = {'embed_dim': 384, 'depth': 12, 'num_heads': 6}
@@ -92,7 +97,8 @@ def setting(data: Path, work: Path, gpu: bool, seeds: Optional[int]) -> Setting:
             'batch-size': 256, 'workers': 6, 'amp': True, 'amp-dtype': 'bfloat16', 'warmup-epochs': 5, 'no-aug': False,
             'hflip': 0.0, 'scale': (0.6, 1.0), 'aa': 'rand-m7-mstd0.5', 'reprob': 0.1, 'smoothing': 0.1})
         size, lengths = 12000, (50, 200)
-    return Setting(name, data, work, flags, size, lengths, seeds, gpu)
+        whole = {key: value for key, value in whole.items() if key == 'epochs'}
+    return Setting(name, data, work, flags, size, lengths, seeds, gpu, whole)
 
 
 def share_rate(s: Setting) -> Iterator[List[Run]]:
@@ -128,12 +134,14 @@ FAMILIES: Dict[str, Tuple[Flags, str]] = {
     'EWA': (EWA, ''),
     'no pull': (dict(EWA, **{'share-rate': 0.}), ''),
     'learned fusion': (dict(EWA, **{'share-rate': 0., 'expert-init': 'independent'}), 'learned fusion'),
+    # (E - 1) / E: experts are equal after each step, and only the optimizer sees that there are several
+    'full pull': (dict(EWA, **{'share-rate': .75}), ''),
 }
 
 
 def tune(s: Setting) -> Iterator[List[Run]]:
     """Learning rate, then weight decay, then drop-path of each family, by validation top-1: six runs each a length."""
-    for families in (('dense', 'EWA', 'no pull'), ('learned fusion',)):
+    for families in (('dense', 'EWA', 'no pull'), ('learned fusion',), ('full pull',)):
         for epochs in s.lengths[::-1]:
             # short trainings like larger learning rates
             rates = [s.flags['lr'] * factor for factor in ((0.5, 1, 2) if epochs == s.lengths[1] else (1, 2, 4))]
@@ -178,20 +186,22 @@ def main_study(s: Setting) -> Iterator[List[Run]]:
     first = [('dense', *FAMILIES['dense'], 'dense', 2, ema), ('EWA', *FAMILIES['EWA'], 'EWA', 2, ema),
              ('no pull', *FAMILIES['no pull'], 'no pull', 2, {})]
     first += [(f'{name}, drop-path', *FAMILIES[name], name, 3, {}) for name in ('dense', 'EWA', 'no pull')]
-    others = [('whole images', *whole, 'EWA', 2, {}), ('static fusion', *static, 'learned fusion', 2, {}),
+    full = [('full pull', *FAMILIES['full pull'], 'full pull', 2, {}),
+            ('full pull, drop-path', *FAMILIES['full pull'], 'full pull', 3, {})]
+    others = [('dense, FFN lr / 2', {}, 'FFN lr 0.5', 'full pull', 2, {}),
+              ('whole images', *whole, 'EWA', 2, {}), ('static fusion', *static, 'learned fusion', 2, {}),
               ('learned fusion', *FAMILIES['learned fusion'], 'learned fusion', 2, {})]
     short, long = s.lengths
     # a quarter of the images for 2.5 times the epochs, four times the images for half of them
     small, large = (s.size // 4, 5, 2), (s.size * 4, 1, 2)
-    blocks = [[((s.size, 1, 1), long), ((s.size, 1, 1), short)], [(small, long), (large, long)],
-              [(small, short), (large, short)]]
-    for cells in blocks:
-        for variants in (first, others):
-            for (size, times, by), length in cells:
-                yield [
-                    s.train(name, dict(variant=name, seed=seed), size, max(2, length * times // by), baseline,
-                            **dict(flags, **chosen(s, family, length, stages), **more))
-                    for seed in range(s.seeds or 5) for name, flags, baseline, family, stages, more in variants]
+    sizes = [((s.size, 1, 1), length) for length in (long, short)]
+    sizes += [(size, length) for length in (long, short) for size in (small, large)]
+    for variants in (first, full, others):
+        for (size, times, by), length in sizes:
+            yield [
+                s.train(name, dict(variant=name, seed=seed), size, max(2, length * times // by), baseline,
+                        **dict(flags, **chosen(s, family, length, stages), **more))
+                for seed in range(s.seeds or 5) for name, flags, baseline, family, stages, more in variants]
 
 
 def bounded(s: Setting) -> Iterator[List[Run]]:
@@ -243,22 +253,22 @@ def finetune(s: Setting) -> Iterator[List[Run]]:
 def gated(s: Setting) -> Iterator[List[Run]]:
     """A gated MoE with and without pulls, and what averaging its experts then costs.
 
-    On glyphs the whole training set, five epochs, as in `gathering`: there the MoE is far better than a dense model.
+    On glyphs the whole training set and a narrow model, as in `gathering`: there the MoE is better than a dense model.
     """
     seeds = range(s.seeds or 5)
-    whole = s.name == 'glyphs'
     rates = {'no pull': {'share-rate': 0.}}
     rates.update({f'EWA {rate:g}': {'share-rate': rate} for rate in (1e-3, 1e-2, .1)})
     rates.update({f'EWA {rate:g}, linear': {'share-rate': rate, 'share-schedule': 'linear'} for rate in (3e-3, 1e-2)})
-    if not whole:
+    if not s.whole:
         rates['EWA 0.01, first half'] = {'share-rate': 1e-2, 'share-stop-epoch': s.lengths[1] / 2}
 
     def run(name, seed, flags, times=1.):
-        labels, epochs = dict(variant=name, kind='moe', seed=seed), math.ceil(times * (5 if whole else s.lengths[1]))
-        if whole:
+        labels = dict(variant=name, kind='moe', seed=seed)
+        if s.whole:
             name = f'{name}-{seed}'.replace(' ', '-').replace(',', '')
-            return Run(name, dict(s.flags, epochs=epochs, seed=seed, **flags), labels)
-        return s.train(name, labels, s.size, epochs, **flags)
+            return Run(name, {**s.flags, **s.whole, 'epochs': math.ceil(times * s.whole['epochs']), 'seed': seed, **flags},
+                       labels)
+        return s.train(name, labels, s.size, math.ceil(times * s.lengths[1]), **flags)
 
     runs = [run(name, seed, dict(GATED, **flags)) for seed in seeds for name, flags in rates.items()]
     # a step of the MoE takes about 1.5 times the dense one
@@ -273,7 +283,7 @@ def gathering(s: Setting) -> Iterator[List[Run]]:
     """Gated MoE to dense: every gathering, then distillation at four budgets (OneS, arXiv 2201.10890)."""
     seeds = range(s.seeds or 3)
     trained = s.work / s.study('gathering')
-    full = dict(s.flags, epochs=5 if s.name == 'glyphs' else 3, **{'warmup-epochs': 1})
+    full = {**s.flags, 'epochs': 3, **s.whole, 'warmup-epochs': 1}
     yield [
         Run(f'{kind}-{seed}', dict(full, seed=seed, **extra), dict(kind=kind, seed=seed))
         for seed in seeds
@@ -300,7 +310,7 @@ def gathering(s: Setting) -> Iterator[List[Run]]:
                 'EWA export': str(trained / f'ewa-export-{seed}'),
                 'dense model': str(trained / f'dense-{seed}' / 'last'), 'random start': ''})
             for start, folder in starts.items():
-                flags = dict(s.flags, seed=seed, epochs=1, lr=s.flags['lr'] / 4 if folder else s.flags['lr'], **{
+                flags = dict(full, seed=seed, epochs=1, lr=full['lr'] / 4 if folder else full['lr'], **{
                     'warmup-epochs': 0, 'train-split': str(part), 'initial-checkpoint': folder or None,
                     'teacher': f'local-dir:{trained / f"moe-{seed}" / "last"}', 'kd-temperature': 2.0,
                     'task-loss-weight': 0.5})

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 import ewa
+import train
 from ewa.diagnostics import distances_to_mean
 from ewa.moe import RandomPartitionMoE, moe_layers
 from ewa.options import convert_parser, train_parser
 from experiments import report, runner, studies
-from experiments.baselines import LAYERS, FusedMoE, ImagePartitionMoE, LearnedFusionMoE, baseline
+from experiments.baselines import LAYERS, FusedMoE, ImagePartitionMoE, LearnedFusionMoE, baseline, slow_ffns
 from experiments.runner import Memory, Run, arguments, figures, run_stage, score, subset
 
 MINI = Path(__file__).parent.parent / 'data' / 'fashion_mini'
@@ -113,11 +114,28 @@ def test_bound_holds_exactly_and_keeps_the_mean(bound):
             assert torch.allclose(value, before[name][key], atol=1e-6)
 
 
+def test_slow_ffns_move_less_and_decay_alike():
+    model = vit()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = slow_ffns(model, 0.5, opt='adamw', lr=0.01, weight_decay=0.1)
+    timm.scheduler.CosineLRScheduler(optimizer, 10).step_update(0)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():  # AdamW: p (1 - lr wd) - lr at the first step
+        decay = 1 - 0.01 * 0.1 * (p.ndim > 1 and 'pos_embed' not in name and 'cls_token' not in name)
+        expected = decay * before[name] - (0.005 if '.mlp.' in name else 0.01)
+        assert torch.allclose(p, expected, atol=1e-6), name
+
+
 def test_baselines_are_in_place_only_inside_their_context():
     for name, layer in LAYERS.items():
         with baseline(name):
             assert type(next(moe_layers(ewa.to_moe(vit(), 2)))[1]) is layer
     assert type(next(moe_layers(ewa.to_moe(vit(), 2)))[1]) is RandomPartitionMoE
+    with baseline('FFN lr 0.5'):
+        assert train.create_optimizer_v2.keywords == {'scale': 0.5}
+    assert train.create_optimizer_v2 is timm.optim.create_optimizer_v2
     with pytest.raises(ValueError, match='nonsense'), baseline('nonsense'):
         pass
 
