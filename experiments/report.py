@@ -429,6 +429,18 @@ def gated(lines: Lines, name: str) -> str:
     return '\n'.join([*parts, '', _provenance(lines)])
 
 
+def whole(lines: Lines, name: str) -> str:
+    """The table of the study `whole`: a gated MoE and a dense model over learning rates."""
+    def setting(line: Dict[str, Any]) -> Tuple[int, str, float]:
+        return line['flags']['model-kwargs']['embed_dim'], line['labels']['variant'], line['labels']['lr']
+
+    rows = [(*(f'{value}' for value in setting(line)), f'{line["last"]["eval_top1"]:.2f}',
+             f'{line["last"]["eval_loss"]:.3f}', f'{line["test"]["top1"]:.2f}', f'{line["last"]["train_seconds"]:.0f}')
+            for line in sorted(lines, key=setting)]
+    return '\n'.join([table(('width', 'model', 'learning rate', 'val top-1', 'val loss', 'test top-1', 'training, s'), rows), '',
+                      _provenance(lines, 'One run a line.')])
+
+
 def gathering(lines: Lines, name: str) -> str:
     """The tables of the study `gathering`."""
     def top1(**labels) -> Dict[int, float]:
@@ -482,7 +494,8 @@ def gathering(lines: Lines, name: str) -> str:
 
 
 SECTIONS = dict(
-    tune=tune, main=main, share_rate=share_rate, bounded=bounded, finetune=finetune, gated=gated, gathering=gathering)
+    tune=tune, main=main, share_rate=share_rate, bounded=bounded, finetune=finetune, gated=gated, whole=whole,
+    gathering=gathering)
 
 
 def write() -> None:

@@ -30,9 +30,11 @@ SETS: Dict[str, Flags] = {
     'glyphs': {'img-size': 32, 'in-chans': 1, 'mean': 0.63, 'std': 0.18, 'lr': 0.008,
                'model-kwargs': dict(WIDTH, patch_size=8)},
 }
-# trainings on all images of a set; on glyphs a model so narrow that experts can help it
+# trainings on all images of a set, by models so narrow that experts may help them
 WHOLE: Dict[str, Flags] = {
-    'glyphs': {'epochs': 5, 'lr': 0.016, 'model-kwargs': dict(WIDTH, embed_dim=32, patch_size=8)}}
+    'fashion': {'epochs': 5, 'lr': 0.008, 'model-kwargs': dict(WIDTH, embed_dim=16, patch_size=7)},
+    'glyphs': {'epochs': 5, 'lr': 0.016, 'model-kwargs': dict(WIDTH, embed_dim=32, patch_size=8)},
+}
 EWA: Flags = {'num-experts': 4, 'moe-layers': 'all', 'expert-init': 'copy', 'share-rate': 0.001}
 GATED: Flags = {'num-experts': 8, 'router': 'topk', 'top-k': 2, 'moe-layers': 'every:2', 'expert-init': 'copy'}
 
@@ -50,7 +52,7 @@ class Setting:
         lengths: Short and long training, epochs at that size.
         seeds: Number of seeds; None: the study's.
         gpu: Whether this is the large version.
-        whole: Flags of trainings on all images; if there are none, `gated` takes the usual size.
+        whole: Flags of trainings on all images.
     """
     name: str
     data: Path
@@ -86,7 +88,7 @@ def setting(data: Path, work: Path, gpu: bool, seeds: Optional[int]) -> Setting:
     info = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
     name, side = info.get('set', data.name), info.get('size', 224)
     own = SETS.get(name, {'img-size': side, 'model-kwargs': dict(WIDTH, patch_size=side // 4)})
-    flags, whole = dict(BASE, **{'data-dir': str(data)}, **own), dict(WHOLE.get(name, {}))
+    flags, whole = dict(BASE, **{'data-dir': str(data)}, **own), WHOLE.get(name, {'epochs': 3})
     size, lengths = {'digits': (250, (20, 80)), 'glyphs': (8000, (8, 24))}.get(name, (2000, (10, 40)))
     if gpu:
         # ViT-S on patches of half the side, six times the images, augmentation; no flips, for characters
@@ -97,7 +99,7 @@ def setting(data: Path, work: Path, gpu: bool, seeds: Optional[int]) -> Setting:
             'batch-size': 256, 'workers': 6, 'amp': True, 'amp-dtype': 'bfloat16', 'warmup-epochs': 5, 'no-aug': False,
             'hflip': 0.0, 'scale': (0.6, 1.0), 'aa': 'rand-m7-mstd0.5', 'reprob': 0.1, 'smoothing': 0.1})
         size, lengths = 12000, (50, 200)
-        whole = {key: value for key, value in whole.items() if key == 'epochs'}
+        whole = {'epochs': whole['epochs']}
     return Setting(name, data, work, flags, size, lengths, seeds, gpu, whole)
 
 
@@ -251,23 +253,15 @@ def finetune(s: Setting) -> Iterator[List[Run]]:
 
 
 def gated(s: Setting) -> Iterator[List[Run]]:
-    """A gated MoE with and without pulls, and what averaging its experts then costs.
-
-    On glyphs the whole training set and a narrow model, as in `gathering`: there the MoE is better than a dense model.
-    """
+    """A gated MoE with and without pulls, and what averaging its experts then costs."""
     seeds = range(s.seeds or 5)
     rates = {'no pull': {'share-rate': 0.}}
     rates.update({f'EWA {rate:g}': {'share-rate': rate} for rate in (1e-3, 1e-2, .1)})
     rates.update({f'EWA {rate:g}, linear': {'share-rate': rate, 'share-schedule': 'linear'} for rate in (3e-3, 1e-2)})
-    if not s.whole:
-        rates['EWA 0.01, first half'] = {'share-rate': 1e-2, 'share-stop-epoch': s.lengths[1] / 2}
+    rates['EWA 0.01, first half'] = {'share-rate': 1e-2, 'share-stop-epoch': s.lengths[1] / 2}
 
     def run(name, seed, flags, times=1.):
         labels = dict(variant=name, kind='moe', seed=seed)
-        if s.whole:
-            name = f'{name}-{seed}'.replace(' ', '-').replace(',', '')
-            return Run(name, {**s.flags, **s.whole, 'epochs': math.ceil(times * s.whole['epochs']), 'seed': seed, **flags},
-                       labels)
         return s.train(name, labels, s.size, math.ceil(times * s.lengths[1]), **flags)
 
     runs = [run(name, seed, dict(GATED, **flags)) for seed in seeds for name, flags in rates.items()]
@@ -279,11 +273,22 @@ def gated(s: Setting) -> Iterator[List[Run]]:
                'convert', str(s.work / s.study('gated') / run.name / 'last')) for run in runs]
 
 
+def whole(s: Setting) -> Iterator[List[Run]]:
+    """A gated MoE against a dense model on all images: each at three learning rates, and the set's usual model at one."""
+    usual = {'epochs': s.whole['epochs']}
+    yield [
+        Run(f'{variant}-{lr}' + '-usual' * (model is usual),
+            {**s.flags, **model, 'warmup-epochs': 1, 'lr': lr, 'seed': seed, **flags},
+            dict(variant=variant, lr=lr, seed=seed))
+        for model, lr, seed in [(s.whole, lr, 100) for lr in (0.004, 0.008, 0.016)] + [(usual, 0.004, 0)]
+        for variant, flags in (('dense', {}), ('MoE', GATED))]
+
+
 def gathering(s: Setting) -> Iterator[List[Run]]:
     """Gated MoE to dense: every gathering, then distillation at four budgets (OneS, arXiv 2201.10890)."""
     seeds = range(s.seeds or 3)
     trained = s.work / s.study('gathering')
-    full = {**s.flags, 'epochs': 3, **s.whole, 'warmup-epochs': 1}
+    full = {**s.flags, **s.whole, 'warmup-epochs': 1}
     yield [
         Run(f'{kind}-{seed}', dict(full, seed=seed, **extra), dict(kind=kind, seed=seed))
         for seed in seeds
@@ -321,4 +326,4 @@ def gathering(s: Setting) -> Iterator[List[Run]]:
 
 STUDIES = dict(
     share_rate=share_rate, tune=tune, main=main_study, bounded=bounded, finetune=finetune, gated=gated,
-    gathering=gathering)
+    whole=whole, gathering=gathering)
