@@ -162,7 +162,8 @@ def main(lines: Lines, name: str) -> str:
 Groups = Dict[str, Dict[Tuple[int, int], Lines]]
 Cells = Sequence[Tuple[int, int]]
 PAIRS = (('EWA', 'dense'), ('EWA, drop-path', 'dense, drop-path'), ('EWA', 'dense, drop-path'),
-         ('no pull, drop-path', 'dense, drop-path'), ('EWA, drop-path', 'no pull, drop-path'))
+         ('no pull, drop-path', 'dense, drop-path'), ('EWA, drop-path', 'no pull, drop-path'), ('full pull', 'dense'),
+         ('full pull, drop-path', 'dense, drop-path'), ('full pull', 'dense, half FFN lr'))
 
 
 def comparisons(groups: Groups, cells: Cells) -> str:
@@ -484,7 +485,8 @@ def gathering(lines: Lines, name: str) -> str:
         for budget in costs:
             scores = top1(kind='distilled', start=start, images=budget)
             row.append(f'{mean_se(list(scores.values()))}{kept(scores)}' if scores else '')
-        rows.append(row)
+        if any(row[1:]):
+            rows.append(row)
     share = 'In brackets the share of that benefit that is kept (< 0: below the dense model).' if telling else (
         'That is too little to say what share of it is kept, so none is given.')
     parts += ['', _wrap(f'The teacher beats the dense model by {gain:.2f} ± {error:.2f} points (paired). {share} '
