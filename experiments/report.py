@@ -463,9 +463,6 @@ def gathering(lines: Lines, name: str) -> str:
 
     models = {title: _select(lines, kind=kind)
               for title, kind in (('gated MoE (teacher)', 'moe'), ('dense', 'dense'), ('EWA', 'ewa'))}
-    longer = _select(read_results(f'gated-{name}'), variant='dense, longer')
-    if longer and longer[0]['flags']['train-split'] == models['dense'][0]['flags']['train-split']:
-        models[f'dense, {longer[0]["flags"]["epochs"]} epochs (study gated)'] = longer
     parts = [table(('model', 'top-1', 'NLL', 'training, s', 'seeds'), [
         (title, mean_se([line['test']['top1'] for line in group]), mean_se([line['test']['nll'] for line in group], 3),
          f'{statistics.mean(line["last"]["train_seconds"] for line in group):.0f}', str(len(group)))
@@ -488,9 +485,9 @@ def gathering(lines: Lines, name: str) -> str:
         if any(row[1:]):
             rows.append(row)
     share = 'In brackets the share of that benefit that is kept (< 0: below the dense model).' if telling else (
-        'That is too little to say what share of it is kept, so none is given.')
-    parts += ['', _wrap(f'The teacher beats the dense model by {gain:.2f} ± {error:.2f} points (paired). {share} '
-                        'Top-1 right after gathering and after distillation:'), '',
+        'That is no benefit of which a share that is kept could be given.')
+    parts += ['', _wrap(f'Teacher minus dense model: {mean_se(gains, 2, True)} points (paired). {share} Top-1 right '
+                        'after gathering and after distillation:'), '',
               table(('start', 'right after gathering', *costs.values()), rows), '', _provenance(lines)]
     return '\n'.join(parts)
 

@@ -182,24 +182,24 @@ def chosen(s: Setting, family: str, epochs: int, stages: int = 3) -> Flags:
 
 
 def main_study(s: Setting) -> Iterator[List[Run]]:
-    """Does EWA help? Against drop-path, EMA and other forms of weight averaging, each with its tuned flags."""
+    """Does EWA help? Against drop-path and EMA, and at the middle size against other weight averages; all tuned."""
     ema = {'model-ema': True, 'model-ema-decay': 0.998, 'model-ema-warmup': True}
     whole, static = (dict(EWA), 'whole images'), (FAMILIES['learned fusion'][0], 'static fusion')
     first = [('dense', *FAMILIES['dense'], 'dense', 2, ema), ('EWA', *FAMILIES['EWA'], 'EWA', 2, ema),
              ('no pull', *FAMILIES['no pull'], 'no pull', 2, {})]
     first += [(f'{name}, drop-path', *FAMILIES[name], name, 3, {}) for name in ('dense', 'EWA', 'no pull')]
-    full = [('full pull', *FAMILIES['full pull'], 'full pull', 2, {}),
-            ('full pull, drop-path', *FAMILIES['full pull'], 'full pull', 3, {})]
-    others = [('dense, half FFN lr', {}, 'FFN lr 0.5', 'full pull', 2, {}),
-              ('whole images', *whole, 'EWA', 2, {}), ('static fusion', *static, 'learned fusion', 2, {}),
-              ('learned fusion', *FAMILIES['learned fusion'], 'learned fusion', 2, {})]
+    controls = [('whole images', *whole, 'EWA', 2, {}), ('static fusion', *static, 'learned fusion', 2, {}),
+                ('learned fusion', *FAMILIES['learned fusion'], 'learned fusion', 2, {}),
+                ('full pull', *FAMILIES['full pull'], 'full pull', 2, {}),
+                ('full pull, drop-path', *FAMILIES['full pull'], 'full pull', 3, {}),
+                ('dense, half FFN lr', {}, 'FFN lr 0.5', 'full pull', 2, {})]
     short, long = s.lengths
     # a quarter of the images for 2.5 times the epochs, four times the images for half of them
     small, large = (s.size // 4, 5, 2), (s.size * 4, 1, 2)
-    sizes = [((s.size, 1, 1), length) for length in (long, short)]
-    sizes += [(size, length) for length in (long, short) for size in (small, large)]
-    for variants in (first, full, others):
-        for (size, times, by), length in sizes:
+    middle = [((s.size, 1, 1), length) for length in (long, short)]
+    others = [(size, length) for length in (long, short) for size in (small, large)]
+    for variants, cells in ((first, middle + others), (controls, middle)):
+        for (size, times, by), length in cells:
             yield [
                 s.train(name, dict(variant=name, seed=seed), size, max(2, length * times // by), baseline,
                         **dict(flags, **chosen(s, family, length, stages), **more))
@@ -274,7 +274,7 @@ def gated(s: Setting) -> Iterator[List[Run]]:
 
 
 def whole(s: Setting) -> Iterator[List[Run]]:
-    """A gated MoE against a dense model on all images: each at three learning rates, and the set's usual model at two."""
+    """A gated MoE against a dense model on all images over learning rates, narrow, and as wide as elsewhere."""
     usual = {'epochs': s.whole['epochs']}
     yield [
         Run(f'{variant}-{lr}' + '-usual' * (model is usual),

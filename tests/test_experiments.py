@@ -217,6 +217,20 @@ def test_interval_is_students():
     assert (low + high) / 2 == 3 and (high - low) / 2 == pytest.approx(half, rel=1e-3)
 
 
+@pytest.mark.parametrize('teacher, told', [(90., True), (60.5, False), (58., False)])
+def test_share_kept_is_given_only_of_a_benefit(teacher, told):
+    models = [('moe', teacher), ('dense', 60.)]
+    lines = [line(kind, seed, top1, kind=kind) for kind, top1 in models for seed in (0, 1)]
+    for seed in (0, 1):
+        lines += [line('average', seed, 20., kind='gathered', method='average')]
+        lines += [line('average', seed, 75., kind='distilled', start='average')]
+        lines[-1]['last'].update(train_pflops=0.001, train_images=10)
+    text = report.gathering(lines, 'some')
+    assert f'{teacher - 60:+.2f} ± 0.00 points' in text
+    assert ('| average | 20.00 ± 0.00 | 75.00 ± 0.00 (50 %) |' in text) == told
+    assert ('| average | 20.00 ± 0.00 | 75.00 ± 0.00 |' in text) != told
+
+
 def test_learning_rates_of_finetuning_are_compared_over_common_seeds():
     def trial(variant, lr, seed, val):
         entry = line(variant, seed, 50. + 100 * lr, lr=lr)
