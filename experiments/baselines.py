@@ -20,6 +20,7 @@ import ewa.upcycle
 import train
 from ewa.averaging import ExpertAverager
 from ewa.diagnostics import distances_to_mean
+from ewa.ffn import find_ffns
 from ewa.moe import RandomPartitionMoE, mean_state, moe_layers
 from ewa.partition import random_partition
 
@@ -89,7 +90,7 @@ def slow_ffns(model: nn.Module, scale: float, **kwargs) -> torch.optim.Optimizer
     sees 1/E of the signal and 1/sqrt(E) of the noise, so their mean moves by 1/sqrt(E) of the dense FFN's step.
     """
     optimizer = create_optimizer_v2(model, **kwargs)
-    ffns = {id(p) for name, p in model.named_parameters() if '.mlp.' in name}
+    ffns = {id(p) for ffn in find_ffns(model).values() for p in ffn.parameters()}
     for group in list(optimizer.param_groups):
         slow = [p for p in group['params'] if id(p) in ffns]
         group['params'] = [p for p in group['params'] if id(p) not in ffns]

@@ -5,7 +5,7 @@ validation split; what the tables show is the test set.
 """
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
@@ -61,8 +61,8 @@ class Setting:
     size: int
     lengths: Tuple[int, int]
     seeds: Optional[int]
-    gpu: bool = False
-    whole: Flags = field(default_factory=dict)
+    gpu: bool
+    whole: Flags
 
     def study(self, name: str) -> str:
         """What the results of a study on this set are called, and its folder of models."""
@@ -184,12 +184,13 @@ def chosen(s: Setting, family: str, epochs: int, stages: int = 3) -> Flags:
 def main_study(s: Setting) -> Iterator[List[Run]]:
     """Does EWA help? Against drop-path and EMA, and at the middle size against other weight averages; all tuned."""
     ema = {'model-ema': True, 'model-ema-decay': 0.998, 'model-ema-warmup': True}
-    whole, static = (dict(EWA), 'whole images'), (FAMILIES['learned fusion'][0], 'static fusion')
+    fusion = FAMILIES['learned fusion']
     first = [('dense', *FAMILIES['dense'], 'dense', 2, ema), ('EWA', *FAMILIES['EWA'], 'EWA', 2, ema),
              ('no pull', *FAMILIES['no pull'], 'no pull', 2, {})]
     first += [(f'{name}, drop-path', *FAMILIES[name], name, 3, {}) for name in ('dense', 'EWA', 'no pull')]
-    controls = [('whole images', *whole, 'EWA', 2, {}), ('static fusion', *static, 'learned fusion', 2, {}),
-                ('learned fusion', *FAMILIES['learned fusion'], 'learned fusion', 2, {}),
+    controls = [('whole images', EWA, 'whole images', 'EWA', 2, {}),
+                ('static fusion', fusion[0], 'static fusion', 'learned fusion', 2, {}),
+                ('learned fusion', *fusion, 'learned fusion', 2, {}),
                 ('full pull', *FAMILIES['full pull'], 'full pull', 2, {}),
                 ('full pull, drop-path', *FAMILIES['full pull'], 'full pull', 3, {}),
                 ('dense, half FFN lr', {}, 'FFN lr 0.5', 'full pull', 2, {})]
@@ -304,10 +305,10 @@ def gathering(s: Setting) -> Iterator[List[Run]]:
             str(trained / f'ewa-{seed}' / 'last'))
         for seed in seeds
     ]
-    whole = sum(map(len, classes_of(s.data / 'train.tar').values()))
-    for count in (*(count for count in (1000, 5000, 25000) if count < whole), whole):
+    available = sum(map(len, classes_of(s.data / 'train.tar').values()))
+    for count in (*(count for count in (1000, 5000, 25000) if count < available), available):
         part = s.data / 'train.tar'
-        if count < whole:
+        if count < available:
             part = subset(part, count, s.work / f'{s.name}-{count}.tar')
         runs = []
         for seed in seeds:
