@@ -438,8 +438,8 @@ def whole(lines: Lines, name: str) -> str:
     rows = [(*(f'{value}' for value in setting(line)), f'{line["last"]["eval_top1"]:.2f}',
              f'{line["last"]["eval_loss"]:.3f}', f'{line["test"]["top1"]:.2f}', f'{line["last"]["train_seconds"]:.0f}')
             for line in sorted(lines, key=setting)]
-    return '\n'.join([table(('width', 'model', 'learning rate', 'val top-1', 'val loss', 'test top-1', 'training, s'), rows), '',
-                      _provenance(lines, 'One run a line.')])
+    header = ('width', 'model', 'learning rate', 'val top-1', 'val loss', 'test top-1', 'training, s')
+    return '\n'.join([table(header, rows), '', _provenance(lines, 'One run a line.')])
 
 
 def gathering(lines: Lines, name: str) -> str:
@@ -452,7 +452,7 @@ def gathering(lines: Lines, name: str) -> str:
     if not gains:
         return ''
     gain, error = statistics.mean(gains), standard_error(gains)
-    telling = gain >= max(1., 4 * error)  # points; a share of less is noise over noise
+    telling = len(gains) > 1 and gain >= max(1., 4 * error)  # points; a share of less is noise over noise
 
     def kept(scores: Dict[int, float]) -> str:
         if not telling:

@@ -229,6 +229,8 @@ def test_share_kept_is_given_only_of_a_benefit(teacher, told):
     assert f'{teacher - 60:+.2f} ± 0.00 points' in text
     assert ('| average | 20.00 ± 0.00 | 75.00 ± 0.00 (50 %) |' in text) == told
     assert ('| average | 20.00 ± 0.00 | 75.00 ± 0.00 |' in text) != told
+    # a single seed can't tell
+    assert '| average | 20.00 | 75.00 |' in report.gathering([x for x in lines if x['labels']['seed'] == 0], 'some')
 
 
 def test_learning_rates_of_finetuning_are_compared_over_common_seeds():
