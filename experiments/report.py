@@ -432,13 +432,13 @@ def gated(lines: Lines, name: str) -> str:
 
 def whole(lines: Lines, name: str) -> str:
     """The table of the study `whole`: a gated MoE and a dense model over learning rates."""
-    def setting(line: Dict[str, Any]) -> Tuple[int, str, float]:
-        return line['flags']['model-kwargs']['embed_dim'], line['labels']['variant'], line['labels']['lr']
+    def setting(line: Dict[str, Any]) -> Tuple[int, int, str, float]:
+        return tuple(line['labels'][key] for key in ('width', 'epochs', 'variant', 'lr'))
 
     rows = [(*(f'{value}' for value in setting(line)), f'{line["last"]["eval_top1"]:.2f}',
              f'{line["last"]["eval_loss"]:.3f}', f'{line["test"]["top1"]:.2f}', f'{line["last"]["train_seconds"]:.0f}')
             for line in sorted(lines, key=setting)]
-    header = ('width', 'model', 'learning rate', 'val top-1', 'val loss', 'test top-1', 'training, s')
+    header = ('width', 'epochs', 'model', 'learning rate', 'val top-1', 'val loss', 'test top-1', 'training, s')
     return '\n'.join([table(header, rows), '', _provenance(lines, 'One run a line.')])
 
 
@@ -462,7 +462,9 @@ def gathering(lines: Lines, name: str) -> str:
         return f' ({share:.0f} %)' if share >= 0 else ' (< 0)'
 
     models = {title: _select(lines, kind=kind)
-              for title, kind in (('gated MoE (teacher)', 'moe'), ('dense', 'dense'), ('EWA', 'ewa'))}
+              for title, kind in (
+                  ('gated MoE (teacher)', 'moe'), ('gated MoE, pulled', 'pulled'), ('dense', 'dense'),
+                  ('dense, longer', 'dense-longer'), ('EWA', 'ewa'))}
     parts = [table(('model', 'top-1', 'NLL', 'training, s', 'seeds'), [
         (title, mean_se([line['test']['top1'] for line in group]), mean_se([line['test']['nll'] for line in group], 3),
          f'{statistics.mean(line["last"]["train_seconds"] for line in group):.0f}', str(len(group)))
@@ -475,9 +477,8 @@ def gathering(lines: Lines, name: str) -> str:
         images = statistics.mean(r['last']['train_images'] for r in runs)
         costs[budget] = f'{images:,.0f} images, {1000 * flops:.2g} TFLOP, {seconds:.0f} s'
     rows = []
-    for start in [*methods, 'EWA export', 'dense model', 'random start']:
-        after = top1(kind='gathered', method=start) if start in methods else (
-            top1(kind='ewa-export') if start == 'EWA export' else dense if start == 'dense model' else {})
+    for start in [*methods, 'dense model', 'random start']:
+        after = dense if start == 'dense model' else top1(kind='gathered', method=start)
         row = [start, mean_se(list(after.values()))]
         for budget in costs:
             scores = top1(kind='distilled', start=start, images=budget)

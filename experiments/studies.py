@@ -30,10 +30,12 @@ SETS: Dict[str, Flags] = {
     'glyphs': {'img-size': 32, 'in-chans': 1, 'mean': 0.63, 'std': 0.18, 'lr': 0.004,
                'model-kwargs': dict(WIDTH, patch_size=8)},
 }
-# trainings on all images of a set, by models so narrow that experts may help them
-WHOLE: Dict[str, Flags] = {
-    'fashion': {'epochs': 5, 'lr': 0.008, 'model-kwargs': dict(WIDTH, embed_dim=16, patch_size=7)},
-    'glyphs': {'epochs': 5, 'lr': 0.016, 'model-kwargs': dict(WIDTH, embed_dim=32, patch_size=8)},
+# trainings on all images of a set: width, epochs, seed, learning rates; `gathering` takes the last kind
+Whole = Tuple[int, int, int, Tuple[float, ...]]
+WHOLE: Dict[str, List[Whole]] = {
+    'fashion': [(64, 5, 0, (0.004,)), (16, 5, 100, (0.004, 0.008, 0.016))],
+    'glyphs': [(64, 5, 0, (0.001, 0.004)), (32, 5, 100, (0.004, 0.008, 0.016)),
+               (16, 12, 100, (0.008, 0.016, 0.032, 0.064))],
 }
 EWA: Flags = {'num-experts': 4, 'moe-layers': 'all', 'expert-init': 'copy', 'share-rate': 0.001}
 GATED: Flags = {'num-experts': 8, 'router': 'topk', 'top-k': 2, 'moe-layers': 'every:2', 'expert-init': 'copy'}
@@ -52,7 +54,7 @@ class Setting:
         lengths: Short and long training, epochs at that size.
         seeds: Number of seeds; None: the study's.
         gpu: Whether this is the large version.
-        whole: Flags of trainings on all images.
+        whole: Trainings on all images, see `WHOLE`.
     """
     name: str
     data: Path
@@ -62,7 +64,7 @@ class Setting:
     lengths: Tuple[int, int]
     seeds: Optional[int]
     gpu: bool
-    whole: Flags
+    whole: List[Whole]
 
     def study(self, name: str) -> str:
         """What the results of a study on this set are called, and its folder of models."""
@@ -77,6 +79,12 @@ class Setting:
         return Run(f'{name}-{size}x{epochs}-{labels["seed"]}'.replace(' ', '-').replace(',', ''), flags,
                    dict(labels, images=size, epochs=epochs), baseline=baseline)
 
+    def train_all(self, name: str, labels: Flags, width: int, epochs: int, lr: float, **extra) -> Run:
+        """One training on all images; flags in `extra` as `train.py` spells them."""
+        kwargs = dict(self.flags['model-kwargs'], embed_dim=width)
+        flags = {**self.flags, 'model-kwargs': kwargs, 'epochs': epochs, 'lr': lr, 'warmup-epochs': 1, **extra}
+        return Run(name, dict(flags, seed=labels['seed']), labels)
+
     def converting(self) -> Flags:
         """Flags of `convert.py`."""
         return {'data-dir': str(self.data), 'train-split': 'train.tar', 'val-split': 'val.tar', 'workers': 0}
@@ -88,7 +96,8 @@ def setting(data: Path, work: Path, gpu: bool, seeds: Optional[int]) -> Setting:
     info = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
     name, side = info.get('set', data.name), info.get('size', 224)
     own = SETS.get(name, {'img-size': side, 'model-kwargs': dict(WIDTH, patch_size=side // 4)})
-    flags, whole = dict(BASE, **{'data-dir': str(data)}, **own), WHOLE.get(name, {'epochs': 3})
+    flags = dict(BASE, **{'data-dir': str(data)}, **own)
+    whole = WHOLE.get(name, [(64, 3, 100, (0.002, 0.004, 0.008))])
     size, lengths = {'digits': (250, (20, 80)), 'glyphs': (8000, (8, 24))}.get(name, (2000, (10, 40)))
     if gpu:
         # ViT-S on patches of half the side, six times the images, augmentation; no flips, for characters
@@ -99,7 +108,7 @@ def setting(data: Path, work: Path, gpu: bool, seeds: Optional[int]) -> Setting:
             'batch-size': 256, 'workers': 6, 'amp': True, 'amp-dtype': 'bfloat16', 'warmup-epochs': 5, 'no-aug': False,
             'hflip': 0.0, 'scale': (0.6, 1.0), 'aa': 'rand-m7-mstd0.5', 'reprob': 0.1, 'smoothing': 0.1})
         size, lengths = 12000, (50, 200)
-        whole = {'epochs': whole['epochs']}
+        whole = [(384, 30, 100, (0.0005, 0.001, 0.002))]
     return Setting(name, data, work, flags, size, lengths, seeds, gpu, whole)
 
 
@@ -275,54 +284,74 @@ def gated(s: Setting) -> Iterator[List[Run]]:
 
 
 def whole(s: Setting) -> Iterator[List[Run]]:
-    """A gated MoE against a dense model on all images over learning rates, narrow, and as wide as elsewhere."""
-    usual = {'epochs': s.whole['epochs']}
+    """A gated MoE against a dense model on all images, over widths and learning rates."""
     yield [
-        Run(f'{variant}-{lr}' + '-usual' * (model is usual),
-            {**s.flags, **model, 'warmup-epochs': 1, 'lr': lr, 'seed': seed, **flags},
-            dict(variant=variant, lr=lr, seed=seed))
-        for model, lr, seed in [(s.whole, lr, 100) for lr in (0.004, 0.008, 0.016)] + [
-            (usual, lr, 0) for lr in (0.004, 0.001)]
+        s.train_all(f'{variant}-{width}x{epochs}-{lr}',
+                    dict(variant=variant, width=width, epochs=epochs, lr=lr, seed=seed), width, epochs, lr, **flags)
+        for width, epochs, seed, rates in s.whole for lr in rates
         for variant, flags in (('dense', {}), ('MoE', GATED))]
 
 
+def best_rate(s: Setting, variant: str) -> float:
+    """The learning rate of a variant of `whole` with the best validation top-1, at the last width and length there."""
+    width, epochs, *_ = s.whole[-1]
+    lines = [line for line in read_results(s.study('whole'))
+             if line['labels'].items() >= dict(variant=variant, width=width, epochs=epochs).items()]
+    if not lines:
+        raise ValueError(
+            f'no runs of {variant} with width {width} over {epochs} epochs in results/{s.study("whole")}.jsonl: run '
+            'the study whole on this set')
+    return max(lines, key=lambda line: line['last']['eval_top1'])['labels']['lr']
+
+
 def gathering(s: Setting) -> Iterator[List[Run]]:
-    """Gated MoE to dense: every gathering, then distillation at four budgets (OneS, arXiv 2201.10890)."""
+    """Gated MoE to dense: every gathering, then distillation at five budgets (OneS, arXiv 2201.10890).
+
+    Beside it what else could be done: a dense model, trained as long or longer, a MoE that is pulled while it trains,
+    EWA.
+    """
     seeds = range(s.seeds or 3)
     trained = s.work / s.study('gathering')
-    full = {**s.flags, **s.whole, 'warmup-epochs': 1}
+    width, epochs, *_ = s.whole[-1]
+    rates = {variant: best_rate(s, variant) for variant in ('dense', 'MoE')}
+    pulled = dict(GATED, **{'share-rate': 0.01})
+    # a step of the MoE takes about 1.8 times the dense one
+    models = {
+        'moe': (GATED, 'MoE', 1), 'dense': ({}, 'dense', 1), 'pulled': (pulled, 'MoE', 1), 'ewa': (EWA, 'dense', 1),
+        'dense-longer': ({}, 'dense', 1.8)}
     yield [
-        Run(f'{kind}-{seed}', dict(full, seed=seed, **extra), dict(kind=kind, seed=seed))
-        for seed in seeds
-        for kind, extra in (('moe', GATED), ('dense', {}), ('ewa', EWA))
-    ]
+        s.train_all(f'{kind}-{seed}', dict(kind=kind, seed=seed), width, math.ceil(times * epochs), rates[variant],
+                    **flags)
+        for seed in seeds for kind, (flags, variant, times) in models.items()]
+    starts = {method: ('moe', method) for method in METHODS}
+    starts.update({'pulled MoE, average': ('pulled', 'average'), 'EWA export': ('ewa', 'average')})
+    folders = {start: f'{start}'.lower().replace(', ', '-').replace(' ', '-') for start in starts}
     yield [
-        Run(f'{method}-{seed}', dict(s.converting(), method=method), dict(kind='gathered', method=method, seed=seed),
-            'convert', str(trained / f'moe-{seed}' / 'last'))
-        for seed in seeds for method in METHODS
-    ] + [
-        Run(f'ewa-export-{seed}', dict(s.converting(), method='average'), dict(kind='ewa-export', seed=seed), 'convert',
-            str(trained / f'ewa-{seed}' / 'last'))
-        for seed in seeds
-    ]
+        Run(f'{folders[start]}-{seed}', dict(s.converting(), method=method),
+            dict(kind='gathered', method=start, seed=seed), 'convert', str(trained / f'{kind}-{seed}' / 'last'))
+        for seed in seeds for start, (kind, method) in starts.items()]
+    folders.update({'dense model': 'dense', 'random start': ''})
+    # in the longest distillation the methods of OneS, and what else is of use
+    few = ('sum', 'average', 'top_kg', 'svd_kg', 'aligned', 'pulled MoE, average', 'dense model', 'random start')
     available = sum(map(len, classes_of(s.data / 'train.tar').values()))
-    for count in (*(count for count in (1000, 5000, 25000) if count < available), available):
+    budgets = [(count, 1) for count in (1000, 5000, 25000) if count < available] + [(available, 1), (available, 4)]
+    for count, times in budgets:
         part = s.data / 'train.tar'
         if count < available:
             part = subset(part, count, s.work / f'{s.name}-{count}.tar')
         runs = []
         for seed in seeds:
-            starts = {method: str(trained / f'{method}-{seed}') for method in METHODS}
-            starts.update({
-                'EWA export': str(trained / f'ewa-export-{seed}'),
-                'dense model': str(trained / f'dense-{seed}' / 'last'), 'random start': ''})
-            for start, folder in starts.items():
-                flags = dict(full, seed=seed, epochs=1, lr=full['lr'] / 4 if folder else full['lr'], **{
-                    'warmup-epochs': 0, 'train-split': str(part), 'initial-checkpoint': folder or None,
-                    'teacher': f'local-dir:{trained / f"moe-{seed}" / "last"}', 'kd-temperature': 2.0,
-                    'task-loss-weight': 0.5})
-                name = f'distil-{count}-{start.replace(" ", "-")}-{seed}'
-                runs.append(Run(name, flags, dict(kind='distilled', start=start, images=count, seed=seed)))
+            for start, name in folders.items():
+                if times > 1 and start not in few:
+                    continue
+                folder = str(trained / f'{name}-{seed}' / ('last' if start == 'dense model' else '')) if name else None
+                runs.append(s.train_all(
+                    f'distil-{count * times}-{name or "random"}-{seed}',
+                    dict(kind='distilled', start=start, images=count * times, seed=seed), width, times,
+                    rates['MoE'] / 4 if name else rates['dense'], **{
+                        'warmup-epochs': 0, 'train-split': str(part), 'initial-checkpoint': folder,
+                        'teacher': f'local-dir:{trained / f"moe-{seed}" / "last"}', 'kd-temperature': 2.0,
+                        'task-loss-weight': 0.5}))
         yield runs
 
 

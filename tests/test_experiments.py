@@ -271,6 +271,7 @@ def test_every_run_of_a_study_is_a_command_line_of_the_scripts(study, gpu, tmp_p
     for split in ('train', 'val', 'test'):
         subset(MINI / 'val.tar', None, data / f'{split}.tar')
     monkeypatch.setattr(studies, 'chosen', lambda *_: {'lr': 0.1, 'weight-decay': 0.2, 'drop-path': 0.3})
+    monkeypatch.setattr(studies, 'best_rate', lambda *_: 0.1)
     monkeypatch.setattr(studies, 'subset', lambda source, count, target, classes=None: target)
     setting = studies.setting(data, tmp_path / 'work', gpu, None)
     runs = [run for stage in studies.STUDIES[study](setting) for run in stage]
