@@ -284,12 +284,18 @@ def gated(s: Setting) -> Iterator[List[Run]]:
 
 
 def whole(s: Setting) -> Iterator[List[Run]]:
-    """A gated MoE against a dense model on all images, over widths and learning rates."""
-    yield [
-        s.train_all(f'{variant}-{width}x{epochs}-{lr}',
-                    dict(variant=variant, width=width, epochs=epochs, lr=lr, seed=seed), width, epochs, lr, **flags)
-        for width, epochs, seed, rates in s.whole for lr in rates
-        for variant, flags in (('dense', {}), ('MoE', GATED))]
+    """A gated MoE, and EWA, against a dense model on all images, over widths and learning rates."""
+    runs = []
+    for width, epochs, seed, rates in s.whole:
+        variants = {'dense': {}, 'MoE': GATED}
+        if (width, epochs) == s.whole[-1][:2]:
+            variants['EWA'] = EWA
+        for lr in rates:
+            runs += [s.train_all(
+                f'{variant}-{width}x{epochs}-{lr}',
+                dict(variant=variant, width=width, epochs=epochs, lr=lr, seed=seed), width, epochs, lr, **flags)
+                for variant, flags in variants.items()]
+    yield runs
 
 
 def best_rate(s: Setting, variant: str) -> float:
