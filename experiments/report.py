@@ -431,7 +431,7 @@ def gated(lines: Lines, name: str) -> str:
 
 
 def whole(lines: Lines, name: str) -> str:
-    """The table of the study `whole`: a gated MoE and a dense model over learning rates."""
+    """The table of the study `whole`: a gated MoE, EWA and a dense model over widths and learning rates."""
     def setting(line: Dict[str, Any]) -> Tuple[int, int, str, float]:
         return tuple(line['labels'][key] for key in ('width', 'epochs', 'variant', 'lr'))
 

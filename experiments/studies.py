@@ -321,7 +321,7 @@ def gathering(s: Setting) -> Iterator[List[Run]]:
     width, epochs, *_ = s.whole[-1]
     rates = {variant: best_rate(s, variant) for variant in ('dense', 'MoE')}
     pulled = dict(GATED, **{'share-rate': 0.01})
-    # a step of the MoE takes about 1.8 times the dense one
+    # by whose learning rate, and how much longer: a step of the MoE takes about 1.8 times the dense one
     models = {
         'moe': (GATED, 'MoE', 1), 'dense': ({}, 'dense', 1), 'pulled': (pulled, 'MoE', 1), 'ewa': (EWA, 'dense', 1),
         'dense-longer': ({}, 'dense', 1.8)}
@@ -331,7 +331,7 @@ def gathering(s: Setting) -> Iterator[List[Run]]:
         for seed in seeds for kind, (flags, variant, times) in models.items()]
     starts = {method: ('moe', method) for method in METHODS}
     starts.update({'pulled MoE, average': ('pulled', 'average'), 'EWA export': ('ewa', 'average')})
-    folders = {start: f'{start}'.lower().replace(', ', '-').replace(' ', '-') for start in starts}
+    folders = {start: start.lower().replace(', ', '-').replace(' ', '-') for start in starts}
     yield [
         Run(f'{folders[start]}-{seed}', dict(s.converting(), method=method),
             dict(kind='gathered', method=start, seed=seed), 'convert', str(trained / f'{kind}-{seed}' / 'last'))
