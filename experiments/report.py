@@ -432,13 +432,15 @@ def gated(lines: Lines, name: str) -> str:
 
 def whole(lines: Lines, name: str) -> str:
     """The table of the study `whole`: a gated MoE, EWA and a dense model over widths and learning rates."""
-    def setting(line: Dict[str, Any]) -> Tuple[int, int, str, float]:
-        return tuple(line['labels'][key] for key in ('width', 'epochs', 'variant', 'lr'))
+    def setting(line: Dict[str, Any]) -> Tuple[int, int, int, str, float]:
+        labels = line['labels']
+        return (labels['width'], labels['epochs'], labels.get('mlp_ratio', 4), labels['variant'], labels['lr'])
 
     rows = [(*(f'{value}' for value in setting(line)), f'{line["last"]["eval_top1"]:.2f}',
              f'{line["last"]["eval_loss"]:.3f}', f'{line["test"]["top1"]:.2f}', f'{line["last"]["train_seconds"]:.0f}')
             for line in sorted(lines, key=setting)]
-    header = ('width', 'epochs', 'model', 'learning rate', 'val top-1', 'val loss', 'test top-1', 'training, s')
+    header = ('width', 'epochs', 'FFN width / width', 'model', 'learning rate', 'val top-1', 'val loss', 'test top-1',
+              'training, s')
     return '\n'.join([table(header, rows), '', _provenance(lines, 'One run a line.')])
 
 

@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from ewa.dense import METHODS
 
@@ -30,15 +30,32 @@ SETS: Dict[str, Flags] = {
     'glyphs': {'img-size': 32, 'in-chans': 1, 'mean': 0.63, 'std': 0.18, 'lr': 0.004,
                'model-kwargs': dict(WIDTH, patch_size=8)},
 }
-# trainings on all images of a set: width, epochs, seed, learning rates; `gathering` takes the last kind
-Whole = Tuple[int, int, int, Tuple[float, ...]]
-WHOLE: Dict[str, List[Whole]] = {
-    'fashion': [(64, 5, 0, (0.004,)), (16, 5, 100, (0.004, 0.008, 0.016))],
-    'glyphs': [(64, 5, 0, (0.001, 0.004)), (32, 5, 100, (0.004, 0.008, 0.016)),
-               (16, 12, 100, (0.008, 0.016, 0.032, 0.064))],
-}
 EWA: Flags = {'num-experts': 4, 'moe-layers': 'all', 'expert-init': 'copy', 'share-rate': 0.001}
 GATED: Flags = {'num-experts': 8, 'router': 'topk', 'top-k': 2, 'moe-layers': 'every:2', 'expert-init': 'copy'}
+
+
+class Whole(NamedTuple):
+    """Trainings on all images of a set: width of the model, length, seed, learning rates, FFN width over model width."""
+    width: int
+    epochs: int
+    seed: int
+    rates: Tuple[float, ...]
+    mlp_ratio: int = 4
+
+    def variants(self) -> Dict[str, Flags]:
+        """What is compared; the last gated one is the teacher of `gathering`."""
+        variants = {'dense': {}, 'MoE': GATED}
+        if self.mlp_ratio < 4:
+            variants['MoE in all blocks'] = dict(GATED, **{'moe-layers': 'all'})
+        return variants
+
+
+# `gathering` takes the last of a set
+WHOLE: Dict[str, List[Whole]] = {
+    'fashion': [Whole(64, 5, 0, (0.004,)), Whole(16, 5, 100, (0.004, 0.008, 0.016))],
+    'glyphs': [Whole(64, 5, 0, (0.001, 0.004)), Whole(32, 5, 100, (0.004, 0.008, 0.016)),
+               Whole(16, 12, 100, (0.008, 0.016, 0.032, 0.064)), Whole(16, 12, 100, (0.016, 0.032, 0.064), 1)],
+}
 
 
 @dataclass(frozen=True)
@@ -79,9 +96,11 @@ class Setting:
         return Run(f'{name}-{size}x{epochs}-{labels["seed"]}'.replace(' ', '-').replace(',', ''), flags,
                    dict(labels, images=size, epochs=epochs), baseline=baseline)
 
-    def train_all(self, name: str, labels: Flags, width: int, epochs: int, lr: float, **extra) -> Run:
+    def train_all(self, name: str, labels: Flags, kind: Whole, epochs: int, lr: float, **extra) -> Run:
         """One training on all images; flags in `extra` as `train.py` spells them."""
-        kwargs = dict(self.flags['model-kwargs'], embed_dim=width)
+        kwargs = dict(self.flags['model-kwargs'], embed_dim=kind.width)
+        if kind.mlp_ratio != 4:
+            kwargs['mlp_ratio'] = kind.mlp_ratio
         flags = {**self.flags, 'model-kwargs': kwargs, 'epochs': epochs, 'lr': lr, 'warmup-epochs': 1, **extra}
         return Run(name, dict(flags, seed=labels['seed']), labels)
 
@@ -97,7 +116,7 @@ def setting(data: Path, work: Path, gpu: bool, seeds: Optional[int]) -> Setting:
     name, side = info.get('set', data.name), info.get('size', 224)
     own = SETS.get(name, {'img-size': side, 'model-kwargs': dict(WIDTH, patch_size=side // 4)})
     flags = dict(BASE, **{'data-dir': str(data)}, **own)
-    whole = WHOLE.get(name, [(64, 3, 100, (0.002, 0.004, 0.008))])
+    whole = WHOLE.get(name, [Whole(64, 3, 100, (0.002, 0.004, 0.008))])
     size, lengths = {'digits': (250, (20, 80)), 'glyphs': (8000, (8, 24))}.get(name, (2000, (10, 40)))
     if gpu:
         # ViT-S on patches of half the side, six times the images, augmentation; no flips, for characters
@@ -108,7 +127,7 @@ def setting(data: Path, work: Path, gpu: bool, seeds: Optional[int]) -> Setting:
             'batch-size': 256, 'workers': 6, 'amp': True, 'amp-dtype': 'bfloat16', 'warmup-epochs': 5, 'no-aug': False,
             'hflip': 0.0, 'scale': (0.6, 1.0), 'aa': 'rand-m7-mstd0.5', 'reprob': 0.1, 'smoothing': 0.1})
         size, lengths = 12000, (50, 200)
-        whole = [(384, 30, 100, (0.0005, 0.001, 0.002))]
+        whole = [Whole(384, 30, 100, (0.0005, 0.001, 0.002))]
     return Setting(name, data, work, flags, size, lengths, seeds, gpu, whole)
 
 
@@ -286,27 +305,29 @@ def gated(s: Setting) -> Iterator[List[Run]]:
 def whole(s: Setting) -> Iterator[List[Run]]:
     """A gated MoE, and EWA, against a dense model on all images, over widths and learning rates."""
     runs = []
-    for width, epochs, seed, rates in s.whole:
-        variants = {'dense': {}, 'MoE': GATED}
-        if (width, epochs) == s.whole[-1][:2]:
+    narrowest = min(kind.width for kind in s.whole)
+    for kind in s.whole:
+        width, epochs, seed, rates, ratio = kind
+        variants = kind.variants()
+        if width == narrowest and ratio == 4:
             variants['EWA'] = EWA
         for lr in rates:
             runs += [s.train_all(
-                f'{variant}-{width}x{epochs}-{lr}',
-                dict(variant=variant, width=width, epochs=epochs, lr=lr, seed=seed), width, epochs, lr, **flags)
-                for variant, flags in variants.items()]
+                f'{variant}-{width}x{epochs}-{lr}'.replace(' ', '-') + f'-mlp{ratio}' * (ratio != 4),
+                dict(variant=variant, width=width, epochs=epochs, lr=lr, mlp_ratio=ratio, seed=seed), kind, epochs, lr,
+                **flags) for variant, flags in variants.items()]
     yield runs
 
 
 def best_rate(s: Setting, variant: str) -> float:
-    """The learning rate of a variant of `whole` with the best validation top-1, at the last width and length there."""
-    width, epochs, *_ = s.whole[-1]
+    """The learning rate of a variant of `whole` with the best validation top-1, among the last kind of model there."""
+    kind = s.whole[-1]
     lines = [line for line in read_results(s.study('whole'))
-             if line['labels'].items() >= dict(variant=variant, width=width, epochs=epochs).items()]
+             if line['labels'].items() >= dict(variant=variant, width=kind.width, epochs=kind.epochs).items()
+             and line['labels'].get('mlp_ratio', 4) == kind.mlp_ratio]
     if not lines:
         raise ValueError(
-            f'no runs of {variant} with width {width} over {epochs} epochs in results/{s.study("whole")}.jsonl: run '
-            'the study whole on this set')
+            f'no runs of {variant} like {kind} in results/{s.study("whole")}.jsonl: run the study whole on this set')
     return max(lines, key=lambda line: line['last']['eval_top1'])['labels']['lr']
 
 
@@ -318,16 +339,18 @@ def gathering(s: Setting) -> Iterator[List[Run]]:
     """
     seeds = range(s.seeds or 3)
     trained = s.work / s.study('gathering')
-    width, epochs, *_ = s.whole[-1]
-    rates = {variant: best_rate(s, variant) for variant in ('dense', 'MoE')}
-    pulled = dict(GATED, **{'share-rate': 0.01})
-    # by whose learning rate, and how much longer: a step of the MoE takes about 1.8 times the dense one
+    model = s.whole[-1]
+    gated_name, teacher = list(model.variants().items())[-1]
+    rates = {'dense': best_rate(s, 'dense'), 'MoE': best_rate(s, gated_name)}
+    pulled = dict(teacher, **{'share-rate': 0.01})
+    # by whose learning rate, and how much longer: so many times the dense one a step of the MoE takes, about
+    slower = 2.5 if teacher['moe-layers'] == 'all' else 1.8
     models = {
-        'moe': (GATED, 'MoE', 1), 'dense': ({}, 'dense', 1), 'pulled': (pulled, 'MoE', 1), 'ewa': (EWA, 'dense', 1),
-        'dense-longer': ({}, 'dense', 1.8)}
+        'moe': (teacher, 'MoE', 1), 'dense': ({}, 'dense', 1), 'pulled': (pulled, 'MoE', 1), 'ewa': (EWA, 'dense', 1),
+        'dense-longer': ({}, 'dense', slower)}
     yield [
-        s.train_all(f'{kind}-{seed}', dict(kind=kind, seed=seed), width, math.ceil(times * epochs), rates[variant],
-                    **flags)
+        s.train_all(f'{kind}-{seed}', dict(kind=kind, seed=seed), model, math.ceil(times * model.epochs),
+                    rates[variant], **flags)
         for seed in seeds for kind, (flags, variant, times) in models.items()]
     starts = {method: ('moe', method) for method in METHODS}
     starts.update({'pulled MoE, average': ('pulled', 'average'), 'EWA export': ('ewa', 'average')})
@@ -353,7 +376,7 @@ def gathering(s: Setting) -> Iterator[List[Run]]:
                 folder = str(trained / f'{name}-{seed}' / ('last' if start == 'dense model' else '')) if name else None
                 runs.append(s.train_all(
                     f'distil-{count * times}-{name or "random"}-{seed}',
-                    dict(kind='distilled', start=start, images=count * times, seed=seed), width, times,
+                    dict(kind='distilled', start=start, images=count * times, seed=seed), model, times,
                     rates['MoE'] / 4 if name else rates['dense'], **{
                         'warmup-epochs': 0, 'train-split': str(part), 'initial-checkpoint': folder,
                         'teacher': f'local-dir:{trained / f"moe-{seed}" / "last"}', 'kd-temperature': 2.0,

@@ -265,14 +265,15 @@ def test_choice_is_by_validation(monkeypatch):
 
 def test_rate_on_all_images_is_chosen_by_validation_among_equal_models(monkeypatch):
     setting = studies.setting(Path('glyphs'), Path('work'), False, None)
-    width, epochs, *_ = setting.whole[-1]
+    width, epochs, *_, ratio = setting.whole[-1]
 
     def trial(lr, val, test, **other):
-        labels = dict(dict(variant='dense', width=width, epochs=epochs, lr=lr), **other)
+        labels = dict(dict(variant='dense', width=width, epochs=epochs, mlp_ratio=ratio, lr=lr), **other)
         return dict(labels=labels, last=dict(eval_top1=val), test=dict(top1=test))
 
     trials = [trial(0.1, 70., 99.), trial(0.2, 72., 60.), trial(0.3, 71., 70.), trial(0.4, 90., 90., width=2 * width),
-              trial(0.5, 90., 90., epochs=epochs + 1), trial(0.6, 90., 90., variant='MoE')]
+              trial(0.5, 90., 90., epochs=epochs + 1), trial(0.6, 90., 90., variant='MoE'),
+              trial(0.7, 90., 90., mlp_ratio=2)]
     monkeypatch.setattr(studies, 'read_results', lambda name: trials)
     assert studies.best_rate(setting, 'dense') == 0.2
     assert studies.best_rate(setting, 'MoE') == 0.6
@@ -280,10 +281,10 @@ def test_rate_on_all_images_is_chosen_by_validation_among_equal_models(monkeypat
         studies.best_rate(setting, 'EWA')
 
 
-@pytest.mark.parametrize('gpu', [False, True])
+@pytest.mark.parametrize('name, gpu', [('fashion', False), ('fashion', True), ('glyphs', False)])
 @pytest.mark.parametrize('study', studies.STUDIES)
-def test_every_run_of_a_study_is_a_command_line_of_the_scripts(study, gpu, tmp_path, monkeypatch):
-    data = tmp_path / 'fashion'
+def test_every_run_of_a_study_is_a_command_line_of_the_scripts(study, name, gpu, tmp_path, monkeypatch):
+    data = tmp_path / name
     data.mkdir()
     for split in ('train', 'val', 'test'):
         subset(MINI / 'val.tar', None, data / f'{split}.tar')
