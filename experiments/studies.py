@@ -332,7 +332,7 @@ def best_rate(s: Setting, variant: str) -> float:
 
 
 def gathering(s: Setting) -> Iterator[List[Run]]:
-    """Gated MoE to dense: every gathering, then distillation at five budgets (OneS, arXiv 2201.10890).
+    """Gated MoE to dense: every gathering, then distillation at six budgets (OneS, arXiv 2201.10890).
 
     Beside it what else could be done: a dense model, trained as long or longer, a MoE that is pulled while it trains,
     EWA.
@@ -360,10 +360,12 @@ def gathering(s: Setting) -> Iterator[List[Run]]:
             dict(kind='gathered', method=start, seed=seed), 'convert', str(trained / f'{kind}-{seed}' / 'last'))
         for seed in seeds for start, (kind, method) in starts.items()]
     folders.update({'dense model': 'dense', 'random start': ''})
-    # in the longest distillation the methods of OneS, and what else is of use
-    few = ('sum', 'average', 'top_kg', 'svd_kg', 'aligned', 'pulled MoE, average', 'dense model', 'random start')
+    # in long distillations the methods of OneS, and what else is of use; in the longest what led
+    few = {4: ('sum', 'average', 'top_kg', 'svd_kg', 'aligned', 'pulled MoE, average', 'dense model', 'random start'),
+           12: ('aligned', 'dense model', 'random start')}
     available = sum(map(len, classes_of(s.data / 'train.tar').values()))
-    budgets = [(count, 1) for count in (1000, 5000, 25000) if count < available] + [(available, 1), (available, 4)]
+    budgets = [(count, 1) for count in (1000, 5000, 25000) if count < available] + [
+        (available, times) for times in (1, 4, 12)]
     for count, times in budgets:
         part = s.data / 'train.tar'
         if count < available:
@@ -371,7 +373,7 @@ def gathering(s: Setting) -> Iterator[List[Run]]:
         runs = []
         for seed in seeds:
             for start, name in folders.items():
-                if times > 1 and start not in few:
+                if times > 1 and start not in few[times]:
                     continue
                 folder = str(trained / f'{name}-{seed}' / ('last' if start == 'dense model' else '')) if name else None
                 runs.append(s.train_all(
