@@ -213,7 +213,7 @@ def time_to_accuracy(groups: Groups, cells: Cells, name: str) -> str:
 
 
 def robustness(groups: Groups, cells: Cells) -> str:
-    """Noise on test images, and sharpness, in the longest cell of those with most runs."""
+    """Noise on test images, sharpness and what conversion changes, in the longest cell of those with most runs."""
     def scored(cell: Tuple[int, int]) -> int:
         return sum('robust' in line for group in groups.values() for line in group[cell])
 
@@ -227,12 +227,17 @@ def robustness(groups: Groups, cells: Cells) -> str:
             paired = [(found[seed], dense[seed]) for seed in found if seed in dense]
             rows.append([variant] + [
                 mean_se([d[key] for d, _ in paired], digits) if variant == 'dense' else
-                mean_se([f[key] - d[key] for f, d in paired], digits, sign=True) for key, digits in keys])
+                mean_se([f[key] - d[key] for f, d in paired], digits, sign=True) for key, digits in keys] + [
+                mean_se([line['routed']['top1'] - line['dense']['top1'] for line in group[cell] if 'routed' in line],
+                        2, sign=True)])
     intro = _wrap(
         f'Robustness, {cell[0]:,} images x {cell[1]} epochs; below dense, paired differences to it. Noise: Gaussian, '
         'standard deviation 0.5 of the normalised pixels, a quarter of the test set. Sharpness: mean rise of the '
-        'training loss when each matrix of the dense form moves a tenth of its norm in a random direction.')
-    header = ('variant', 'top-1, noisy images', 'NLL, noisy images', 'training loss', 'sharpness')
+        'training loss when each matrix of the dense form moves a tenth of its norm in a random direction. Last column: '
+        'the MoE, a random expert for each token as in training, against its own dense form, a quarter of the test '
+        'set.')
+    header = ('variant', 'top-1, noisy images', 'NLL, noisy images', 'training loss', 'sharpness',
+              'top-1 of the MoE itself minus its dense form')
     return f'{intro}\n\n{table(header, rows)}'
 
 

@@ -210,6 +210,18 @@ def test_report_pairs_equal_seeds(monkeypatch, tmp_path):
     assert '| EWA | +2.00 ± 1.00 |' in text  # seed 2 has no dense partner
 
 
+def test_report_compares_the_moe_with_its_own_dense_form(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, 'DOCS', tmp_path)
+    lines = [line(variant, seed, 70.) for variant in ('dense', 'EWA') for seed in (0, 1)]
+    for entry in lines:
+        entry['robust'] = dict(noisy_top1=50., noisy_nll=1., train_nll=0.5, sharpness=0.1)
+    for entry, gain in zip(lines[2:], (1., 3.)):
+        entry.update(dense=dict(top1=60.), routed=dict(top1=60. + gain))
+    rows = [row for row in report.main(lines, 'some').split('\n') if '0.5000' in row or '+0.0000' in row]
+    assert rows[0].startswith('| dense |') and rows[0].endswith('|  |')
+    assert rows[1].startswith('| EWA |') and rows[1].endswith('| +2.00 ± 1.00 |')
+
+
 def test_interval_is_students():
     values = [1., 2., 3., 4., 5.]
     low, high = report.interval(values)
