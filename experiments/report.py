@@ -494,8 +494,13 @@ def gathering(lines: Lines, name: str) -> str:
             rows.append(row)
     share = 'In brackets the share of that benefit that is kept (< 0: below the dense model).' if telling else (
         'That is no benefit of which a share that is kept could be given.')
-    parts += ['', _wrap(f'Teacher minus dense model: {mean_se(gains, 2, True)} points (paired). {share} Top-1 right '
-                        'after gathering and after distillation:'), '',
+    # the oldest lines have a list there
+    cosines = [course[-1][1] for line in models['gated MoE (teacher)'] if isinstance(line.get('experts'), dict)
+               for key, course in line['experts'].items() if key.startswith('cosine')]
+    alike = (f'Cosine between the teacher\'s experts at the end, by layer and seed: {min(cosines):.2f} to '
+             f'{max(cosines):.2f}. ' if cosines else '')
+    parts += ['', _wrap(f'Teacher minus dense model: {mean_se(gains, 2, True)} points (paired). {share} {alike}Top-1 '
+                        'right after gathering and after distillation:'), '',
               table(('start', 'right after gathering', *costs.values()), rows), '', _provenance(lines)]
     return '\n'.join(parts)
 

@@ -237,7 +237,9 @@ def test_share_kept_is_given_only_of_a_benefit(teacher, told):
         lines += [line('average', seed, 20., kind='gathered', method='average')]
         lines += [line('average', seed, 75., kind='distilled', start='average')]
         lines[-1]['last'].update(train_pflops=0.001, train_images=10)
+        lines[seed]['experts'] = {'cosine/a': [[1, 0.9], [2, 0.2 + seed / 10]], 'distance/a': [[1, 2.], [2, 3.]]}
     text = report.gathering(lines, 'some')
+    assert 'by layer and seed: 0.20 to 0.30' in text.replace('\n', ' ')
     assert f'{teacher - 60:+.2f} ± 0.00 points' in text
     assert ('| average | 20.00 ± 0.00 | 75.00 ± 0.00 (50 %) |' in text) == told
     assert ('| average | 20.00 ± 0.00 | 75.00 ± 0.00 |' in text) != told
