@@ -19,6 +19,7 @@ from ewa.checkpoint import load_ema, read_state
 from ewa.data import calibration_batches, class_names, eval_loader, open_dataset
 from ewa.dense import METHODS, NEEDS_DATA
 from ewa.diagnostics import advise, write_report
+from ewa.exporting import require_onnx
 from ewa.moe import moe_layers
 from ewa.options import convert_parser
 from ewa.stacked import unstack
@@ -107,6 +108,10 @@ def main(argv=None):
     try:
         if output.exists() and not args.overwrite:
             raise ValueError(f'{output} exists: give another --output, or --overwrite to replace it.')
+        if output.resolve() == Path(args.source).resolve():
+            raise ValueError(f'--output {output} is the MoE model itself: give another folder.')
+        if args.onnx:
+            require_onnx()
         if args.report and Path(args.report).exists():
             raise ValueError(f'{args.report} exists: give another --report.')
         if args.method == 'all' and not (args.data_dir or args.dataset):

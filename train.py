@@ -100,7 +100,21 @@ def main(argv=None):
             raise ValueError(f'--model {args.model} takes images of {in_chans} channels: give --in-chans {in_chans}.')
         data_config = resolve_input_data_config(model, vars(args))
         model.pretrained_cfg = dict(model.pretrained_cfg, mean=data_config['mean'], std=data_config['std'])
-        teacher = load_teacher(args.teacher, model.num_classes, data_config['input_size'][0]) if args.teacher else None
+        flops_per_image = 3 * forward_flops(model, data_config['input_size'])  # backward: about twice the forward
+        teacher = None
+        if args.teacher:
+            for key, low in (('kd_temperature', 1e-6), ('distill_loss_weight', 0.), ('task_loss_weight', 0.)):
+                if vars(args)[key] is not None and vars(args)[key] < low:
+                    raise ValueError(f'--{key.replace("_", "-")} {vars(args)[key]} is too small.')
+            if args.distill_loss_weight is None and (args.task_loss_weight or 0.) > 1:
+                raise ValueError(
+                    f'--task-loss-weight {args.task_loss_weight}: alone it can be at most 1, the KL term gets the '
+                    'rest; or give --distill-loss-weight too.')
+            teacher = load_teacher(args.teacher, model.num_classes, data_config['input_size'][0])
+            try:
+                flops_per_image += forward_flops(teacher, data_config['input_size'])
+            except (AssertionError, RuntimeError) as e:
+                raise ValueError(f'--teacher {args.teacher} can\'t take the images of the student: {e}') from e
         iterable = isinstance(train_set, IterableDataset)
         if not iterable:
             train_set = SeededDataset(train_set, args.seed)
@@ -122,7 +136,8 @@ def main(argv=None):
 
         batches_per_epoch = len(train_batches) if iterable else len(train_batches) // accelerator.num_processes
         updates_per_epoch = math.ceil(batches_per_epoch / args.grad_accum_steps)
-        if iterable and batches_per_epoch % args.grad_accum_steps:  # only of others accelerate sees the end coming
+        left_over = batches_per_epoch % args.grad_accum_steps  # micro-batches of the last update
+        if iterable and left_over:  # only of others accelerate sees the end coming
             raise ValueError(
                 f'An epoch of {batches_per_epoch} batches is no multiple of --grad-accum-steps '
                 f'{args.grad_accum_steps}: give another --train-num-samples.')
@@ -136,7 +151,8 @@ def main(argv=None):
             pulls_per_epoch = updates_per_epoch / args.share_every
             averager = ewa.ExpertAverager(
                 model, args.share_rate, args.share_schedule, every=args.share_every,
-                total_steps=max(1, round((args.share_warmup_epochs or epochs) * pulls_per_epoch)),
+                total_steps=max(1, round(pulls_per_epoch * (
+                    epochs if args.share_warmup_epochs is None else args.share_warmup_epochs))),
                 stop_after=None if args.share_stop_epoch is None else round(args.share_stop_epoch * pulls_per_epoch))
             averager.attach(optimizer)
         elif args.share_rate:
@@ -158,7 +174,8 @@ def main(argv=None):
             model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
 
         # what a checkpoint must have been made by
-        flags = {key: vars(args)[key] for key in ('opt', 'weight_decay', 'layer_decay', 'model_ema', 'torchcompile')}
+        flags = {key: vars(args)[key] for key in (
+            'opt', 'weight_decay', 'layer_decay', 'model_ema', 'torchcompile', 'eval_metric')}
         identity = json.loads(json.dumps(dict(
             architecture=plain_model.pretrained_cfg['architecture'], **get_model_args(plain_model))))
         start_epoch, update, best = 0, 0, None
@@ -171,7 +188,7 @@ def main(argv=None):
                 raise ValueError(
                     f'{resume_from} is a checkpoint of another model: its {key} is {state["model"].get(key)}, here it '
                     f'is {identity.get(key)}.')
-            key = next((key for key in flags if flags[key] != state['flags'][key]), None)
+            key = next((key for key in flags if flags[key] != state['flags'].get(key, flags[key])), None)
             if key is not None:
                 raise ValueError(
                     f'{resume_from} was trained with --{key.replace("_", "-")} {state["flags"][key]}, here it is '
@@ -219,9 +236,7 @@ def main(argv=None):
     if not iterable:  # iterable readers of timm split themselves among processes
         train_batches, val_batches = accelerator.prepare(train_batches, val_batches)
     task = None
-    flops_per_image = 3 * forward_flops(plain_model, data_config['input_size'])  # backward: about twice the forward
     if teacher is not None:
-        flops_per_image += forward_flops(teacher, data_config['input_size'])
         task = distillation_task(
             model, teacher.to(accelerator.device), criterion, args.kd_temperature, args.distill_loss_weight,
             args.task_loss_weight, accelerator.device)
@@ -273,7 +288,8 @@ def main(argv=None):
                     if routing:
                         loss = loss + args.balance_loss_weight * routing['load_balance']
                         loss = loss + args.z_loss_weight * routing['z']
-                accelerator.backward(loss)
+                last = batch >= batches_per_epoch - left_over  # accelerate divides by --grad-accum-steps all the same
+                accelerator.backward(loss * (args.grad_accum_steps / left_over) if last else loss)
                 if accelerator.sync_gradients and args.clip_grad is not None:
                     clip = accelerator.clip_grad_norm_ if args.clip_mode == 'norm' else accelerator.clip_grad_value_
                     clip(plain_model.parameters(), args.clip_grad)
@@ -321,13 +337,13 @@ def main(argv=None):
             metrics = evaluate(model, val_batches, accelerator)
             if ema is not None:
                 metrics.update({f'ema_{k}': v for k, v in evaluate(ema.module, val_batches, accelerator).items()})
-        value = metrics.get(args.eval_metric)
-        if ema is not None and validated:
-            value = (min if args.eval_metric == 'loss' else max)(value, metrics[f'ema_{args.eval_metric}'])
-        improved = validated and (best is None or (
-            value < best['value'] if args.eval_metric == 'loss' else value > best['value']))
+        sign = -1 if args.eval_metric == 'loss' else 1
+        value, weights = metrics.get(args.eval_metric), 'model'
+        if ema is not None and validated and sign * metrics[f'ema_{args.eval_metric}'] > sign * value:
+            value, weights = metrics[f'ema_{args.eval_metric}'], 'EMA'
+        improved = validated and (best is None or sign * value > sign * best['value'])
         if improved:
-            best = dict(value=value, epoch=epoch + 1, **metrics)
+            best = dict(value=value, epoch=epoch + 1, weights=weights, **metrics)
 
         ema_state = ema.module.state_dict() if ema is not None else None
         provenance = dict(updates=update, epochs=epoch + 1, seed=args.seed, **(metrics if validated else {}))
@@ -356,10 +372,10 @@ def main(argv=None):
                     verify=False)
             spread = '' if not records else (
                 f', experts {sum(r["distance"] for r in records) / len(records):.2g} from their mean')
-            ema_top1 = f', EMA {metrics["ema_top1"]:.2f}' if 'ema_top1' in metrics else ''
-            say(f'epoch {epoch + 1}/{epochs}: loss {mean_loss:.4f}, '
-                f'validation loss {metrics.get("loss", math.nan):.4f}, top-1 {metrics.get("top1", math.nan):.2f}'
-                f'{ema_top1}, {speed:.0f} images/s{spread}')
+            scores = '' if not validated else (
+                f', validation loss {metrics["loss"]:.4f}, top-1 {metrics["top1"]:.2f}'
+                + (f', EMA {metrics["ema_top1"]:.2f}' if ema is not None else ''))
+            say(f'epoch {epoch + 1}/{epochs}: loss {mean_loss:.4f}{scores}, {speed:.0f} images/s{spread}')
         ckpt.save_checkpoint(
             accelerator, experiment, update,
             dict(epoch=epoch + 1, batch=0, best=best, model=identity, flags=flags, class_names=names,
@@ -376,9 +392,11 @@ def main(argv=None):
                 f'the teacher ({args.teacher_top1:.2f}) over a dense model ({args.dense_top1:.2f}) kept')
             say(f'Distilled with {state["images"]} images, {state["pflops"]:.3g} PFLOP, {state["seconds"]:.0f} s: '
                 f'top-1 {metrics["top1"]:.2f}{kept}.')
-        say(f'Best {args.eval_metric}: {best["value"]:.2f} in epoch {best["epoch"]}.')
+        of_ema = best.get('weights') == 'EMA'
+        say(f'Best {args.eval_metric}: {best["value"]:.2f} in epoch {best["epoch"]}{" (EMA weights)" * of_ema}.')
         say(f'Export the plain ViT with:  python convert.py {experiment / "best"} --output {experiment / "vit"}'
-            if averager is not None else f'The model is in {experiment / "best"}.')
+            + ' --use-ema' * of_ema
+            if averager is not None else f'The model is in {experiment / "best"}{" (ema.safetensors)" * of_ema}.')
     accelerator.end_training()
     return best
 

@@ -103,6 +103,7 @@ class ExpertAverager:
         self.steps = 0
         self.pulls = 0
         self._handle: Optional[RemovableHandle] = None
+        self._stepping = False
 
     @property
     def share_rate(self) -> float:
@@ -187,10 +188,18 @@ class ExpertAverager:
             raise TypeError(
                 f'{type(optimizer).__name__} does not run step hooks reliably, so experts might never be pulled. Call '
                 f'averager.step() after each optimizer.step() instead of attaching.')
+        optimizer.register_step_pre_hook(self._before_step)
         self._handle = optimizer.register_step_post_hook(self._after_step)
         return self._handle
 
+    def _before_step(self, optimizer: Optimizer, args, kwargs) -> None:
+        self._stepping = True
+
     def _after_step(self, optimizer: Optimizer, args, kwargs) -> None:
+        # where a class's step() calls that of its parent, torch runs the hooks of both
+        if not self._stepping:
+            return
+        self._stepping = False
         # fused optimizers are called even when the loss scaler found infinities, and skip the step inside
         found_inf = getattr(optimizer, 'found_inf', None)
         if found_inf is None or not bool(found_inf):

@@ -16,7 +16,7 @@ from . import gathering
 from .ffn import build_ffn, find_ffns, is_ffn, read_ffn
 from .gathering import FFNWeights
 from .moe import fuse_experts, moe_layers
-from .upcycle import _pieces, block_of, describe_dense
+from .upcycle import _pieces, block_of, class_forward, describe_dense
 from .usage import LayerUsage, is_gated, measure_usage, renormalises
 
 # method -> the options it takes beside k
@@ -97,6 +97,7 @@ def to_dense(
             raise ValueError(f'{name}: {e}') from e
     # with the FFNs in the memo, deepcopy takes them where it would copy a layer
     dense = deepcopy(model, {id(layer): ffns[name] for name, layer in layers.items()})
+    class_forward(dense)
     describe_dense(dense)
     _describe_width(dense, layers)
     first = next(iter(layers.values()))
@@ -136,7 +137,7 @@ def _gather(
     if not 1 <= k <= len(experts):
         raise ValueError(
             f'{k} routed experts can\'t be kept of {len(experts)}, beside {len(shared)} shared ones at 1/{pieces} of '
-            f'the hidden width: give k between 1 and {len(experts)}.')
+            f'the hidden width: give k between 1 and {len(experts)} (where all blocks have MoE layers).')
     mass = 1. if renormalises(layer) else usage.mass
     if method == 'prune':
         groups = [[i] for i in gathering.select(_scores(usage, options), k)]
@@ -228,9 +229,11 @@ def _describe_width(dense: nn.Module, layers: Dict[str, nn.Module]) -> None:
     ratio = ratios[changed[0]]
     other = next((name for name in ratios if ratios[name] != ratio), None)
     if other is not None:
+        layer = layers[changed[0]]
+        keep = 'Leave k out to keep the vanilla width, or c' if _cut(layer) > len(getattr(layer, 'shared', ())) else 'C'
         raise ValueError(
             f'{changed[0]} would get another hidden width than {other}, and no timm architecture has FFNs of two '
-            f'widths. Leave k out to keep the vanilla width, or convert a model with layers="all".')
+            f'widths. {keep}onvert a model with layers="all".')
     shapes = {key: value.shape for key, value in dense.state_dict().items()}
     for factor in (1, 2):  # where a GLU packs its two input matrices, some hosts count both in mlp_ratio
         args = dict(getattr(dense, '_model_args', {}), mlp_ratio=factor * ratio)

@@ -15,9 +15,11 @@ from timm.models import get_model_input_config, save_for_hf
 from torch import Tensor, nn
 
 from .moe import moe_layers
-from .upcycle import WEIGHT_CFG
+from .upcycle import WEIGHT_CFG, class_forward
 
 PathLike = Union[str, os.PathLike]
+# what a model folder may hold of ours
+FILES = ('config.json', 'model.safetensors', 'ema.safetensors', 'model.onnx')
 
 
 def _fsync(path: Path) -> None:
@@ -29,7 +31,10 @@ def _fsync(path: Path) -> None:
 
 
 def replace_folder(new: Path, final: Path) -> None:
-    """Give a complete folder its final name; what was there before stays until the new one is safely on disk."""
+    """Give a complete folder its final name; what was there before stays until the new one is safely on disk.
+
+    Files and folders of others in it move to the new one.
+    """
     for path in [*new.iterdir(), new]:
         _fsync(path)
     old = None
@@ -45,6 +50,9 @@ def replace_folder(new: Path, final: Path) -> None:
         raise
     _fsync(final.parent)
     if old is not None:
+        for path in (old / final.name).iterdir():
+            if path.name not in FILES and not (final / path.name).exists():
+                os.rename(path, final / path.name)
         shutil.rmtree(old)
 
 
@@ -69,7 +77,7 @@ def write_folder(
             crop_mode, as by `timm.data.resolve_data_config`. Default: what the model says.
         provenance: Written under the key `ewa` of config.json; timm ignores it.
         ema: A second set of weights, written beside the first as `ema.safetensors`.
-        overwrite: Replace an existing folder.
+        overwrite: Replace an existing model folder; what others put into it stays.
         verify: Load the folder strictly and compare outputs before it gets its final name.
         onnx: Also write `model.onnx` and compare what onnxruntime computes with it.
 
@@ -92,7 +100,10 @@ def write_folder(
             not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f'{directory} is not a model folder, so it is not replaced.')
 
-    model = copy.copy(model)  # shallow: only the description below is replaced
+    model = copy.copy(model)  # shallow: only what is replaced here
+    class_forward(model)
+    if not all(value.is_contiguous() for value in model.state_dict().values()):  # channels_last
+        model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     model.pretrained_cfg = dict({k: v for k, v in cfg.items() if k not in WEIGHT_CFG}, tag='', license='')
     extra: Dict[str, Any] = {'ewa': {**(provenance or {}), 'versions': versions()}}
     if class_names is not None:
@@ -148,13 +159,19 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@torch.no_grad()
-def _write_onnx(model: nn.Module, path: Path) -> None:
+def require_onnx() -> None:
+    """Raise a ValueError that says what to install where ONNX can't be written and checked."""
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  what torch.onnx exports with
     except ImportError as e:
         raise ValueError(f'ONNX needs a package that is not installed ({e.name}): pip install -e ".[onnx]".') from e
+
+
+@torch.no_grad()
+def _write_onnx(model: nn.Module, path: Path) -> None:
+    require_onnx()
+    import onnxruntime
     model = copy.deepcopy(model).cpu().float().eval()
     image = _image(model)
     with warnings.catch_warnings():

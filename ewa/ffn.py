@@ -35,9 +35,11 @@ def is_ffn(module: nn.Module) -> bool:
 
 def find_ffns(model: nn.Module) -> Dict[str, nn.Module]:
     """Name to module of all FFNs of a model, in its order."""
-    # MLP-Mixer's token FFNs look alike but run over the tokens of a channel
+    # what looks alike: MLP-Mixer's token FFNs, which run over the tokens of a channel, and perceptrons that make
+    # relative position biases of two heads from two coordinates
     return {
-        name: module for name, module in model.named_modules() if is_ffn(module) and not name.endswith('mlp_tokens')}
+        name: module for name, module in model.named_modules()
+        if is_ffn(module) and not name.endswith('mlp_tokens') and 'rel_pos' not in name}
 
 
 def read_ffn(ffn: nn.Module) -> FFNWeights:

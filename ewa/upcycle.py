@@ -4,6 +4,7 @@ Axis legend: `E` experts, `H` hidden width, `D` width.
 """
 import math
 import re
+import warnings
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Dict, List, Sequence, Union
@@ -29,8 +30,9 @@ for _layer in (RandomPartitionMoE, TopKMoE):
 
 
 def block_of(name: str) -> str:
-    """The transformer block an FFN belongs to: `layers.0.blocks.1.mlp` -> `layers.0.blocks.1`."""
-    match = re.match(r'(.*\bblocks\.\d+)(\.|$)', name)
+    """The transformer block an FFN belongs to: `layers.0.blocks.1.mlp` -> `layers.0.blocks.1`, `blocks.0.2.mlp`
+    (Twins, which nests lists) -> `blocks.0.2`."""
+    match = re.match(r'(.*\bblocks(?:\.\d+)+)(\.|$)', name)
     return match.group(1) if match else ''
 
 
@@ -52,7 +54,7 @@ def select_ffns(model: nn.Module, layers: Union[str, Sequence[int]]) -> List[str
     blocks = list(dict.fromkeys(block_of(name) for name in names if block_of(name)))
     if isinstance(layers, str) and not re.fullmatch(r'all|(every|last):.*', layers):
         try:
-            chosen = [name for name in names if re.search(layers, name)]
+            chosen = [name for name in names if layers and re.search(layers, name)]
         except re.error as e:
             raise ValueError(
                 f'layers={layers!r} is neither every:K, last:K, all nor a regular expression ({e}).') from e
@@ -206,6 +208,11 @@ def to_moe(
             raise ValueError(f'expert_ratio=1/{pieces} does not divide the hidden width {hidden} of {name}.')
         if pieces > 1 and read_ffn(ffn).norm is not None:
             raise ValueError(f'{name} has a norm over its hidden units and can\'t be cut: use expert_ratio=1.')
+    modules = [module for _, module in model.named_modules(remove_duplicate=False)]
+    for name in names:
+        if sum(module is model.get_submodule(name) for module in modules) > 1:
+            raise ValueError(f'{name} is used in several places of the model, so it can\'t become a MoE: leave it out.')
+    _warn(model, names, router, top_k, num_shared, pieces, renormalise)
     if init == 'auto':
         init = 'independent' if is_untrained(model) else 'copy'
 
@@ -228,6 +235,31 @@ def to_moe(
     return model
 
 
+def _warn(
+        model: nn.Module,
+        names: List[str],
+        router: str,
+        top_k: int,
+        num_shared: int,
+        pieces: int,
+        renormalise: bool,
+) -> None:
+    if router == 'topk' and top_k == 1 and renormalise:
+        warnings.warn(
+            'top_k=1 with renormalise=True makes every gate 1, so the task does not train the router: use '
+            'renormalise=False (train.py: --model-kwargs renormalise=False).', stacklevel=3)
+    normed = next((name for name in names if read_ffn(model.get_submodule(name)).norm is not None), None)
+    if num_shared and normed:
+        warnings.warn(
+            f'{normed} has a norm over its hidden units, so shared and routed experts can\'t become one FFN: this MoE '
+            f'can\'t be converted to a dense model. Use num_shared=0.', stacklevel=3)
+    elif num_shared >= pieces and any(block_of(name) and name not in names for name in find_ffns(model)):
+        warnings.warn(
+            f'{num_shared} shared expert(s) of 1/{pieces} of the hidden width leave no room for routed ones in a dense '
+            f'FFN of the width that the other blocks have: this MoE can\'t be converted to a dense model. Use '
+            f'expert_ratio=1/m with m > num_shared, or layers="all".', stacklevel=3)
+
+
 def _describe(model: nn.Module, args: Dict[str, Any]) -> None:
     """Make a timm model say what it is now, so that timm itself can save it and build it again."""
     cfg = getattr(model, 'pretrained_cfg', None)
@@ -247,3 +279,12 @@ def describe_dense(model: nn.Module) -> None:
     model._model_args = {k: v for k, v in args.items() if k not in MOE_ARGS and k != 'init'}
     model.pretrained_cfg = model.default_cfg = dict(
         model.pretrained_cfg, architecture=split_model_name_tag(host)[0])
+
+
+def class_forward(model: nn.Module) -> None:
+    """Give a copy of a model the `forward` of its class again.
+
+    `accelerator.prepare` puts one for mixed precision on a model, and in a copy it would still be that of the original.
+    """
+    for key in ('forward', '_original_forward'):
+        model.__dict__.pop(key, None)

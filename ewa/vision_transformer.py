@@ -137,6 +137,10 @@ def _create(
         with torch.device('meta'):
             chosen = select_ffns(create_model(host, **model_args), moe_args.get('layers', 'every:2'))
         present = [name for name in chosen if any(name == n for n, _ in model.model.named_modules())]
+        if not present:
+            raise ValueError(
+                f'features_only=True with out_indices={kwargs.get("out_indices")} keeps none of the FFNs that '
+                f'layers={moe_args.get("layers", "every:2")!r} makes MoE layers.')
         to_moe(model, **{**moe_args, 'layers': '|'.join(f'^{prefix}{name}$'.replace('.', r'\.') for name in present)})
     else:
         to_moe(model, **moe_args)

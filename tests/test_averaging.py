@@ -335,6 +335,22 @@ def test_every_optimizer_of_timm_runs_the_hook(name):
     assert not any(torch.equal(p, start[key]) for key, p in results[0].items())
 
 
+def test_a_step_that_calls_its_parents_step_is_one_step():
+    class Mine(torch.optim.AdamW):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # from here on torch runs hooks in the parent's step() too
+    layer = moe_layer()
+    optimizer = Mine(layer.parameters(), lr=.1)
+    averager = ewa.ExpertAverager(layer, .3)
+    averager.attach(optimizer)
+    for _ in range(3):
+        layer.train()(torch.randn(8, 8)).square().mean().backward()
+        optimizer.step()
+    assert (averager.steps, averager.pulls) == (3, 3)
+
+
 def test_an_optimizer_without_hooks_is_refused_with_the_way_out():
     layer = moe_layer()
     optimizer = create_optimizer_v2(layer, opt='lookahead_adamw', lr=0, weight_decay=0)

@@ -212,6 +212,19 @@ def test_output_that_exists_stays(trained, out):
     assert files(out) != before and same_weights(out, ewa.load(trained / 'last'))
 
 
+def test_the_source_is_not_overwritten(trained):
+    before = files(trained)
+    code, lines = fails(run_convert, trained / 'last', '--output', trained / 'x' / '..' / 'last', '--overwrite')
+    assert code == 2 and 'last is the MoE model itself' in lines[-1] and files(trained) == before
+
+
+def test_missing_onnx_is_found_out_before_work(trained, folder, out, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    code, lines = fails(run_convert, trained / 'last', '--output', out, '--onnx', '--data-dir', folder)
+    assert code == 2 and 'pip install -e ".[onnx]"' in lines[-1]
+    assert not capsys.readouterr().out and not out.exists()
+
+
 @pytest.mark.parametrize('kind', ['folder', 'file'])
 def test_only_a_model_folder_is_overwritten(trained, out, kind):
     if kind == 'folder':

@@ -5,6 +5,8 @@ from copy import deepcopy
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from timm.layers import Mlp
 from torch import nn
 
@@ -12,6 +14,7 @@ import ewa
 import gathering_reference
 import reference
 from ewa.dense import METHODS, NEEDS_DATA, group_similar
+from ewa.exporting import write_folder
 from ewa.ffn import read_ffn
 from ewa.moe import moe_layers
 from gated import GLU, foreign, gated, hide, make_equal, permute, scatter, sequences
@@ -89,6 +92,20 @@ def test_wrappers_are_taken_off(tiny, images):
     for wrapped in (torch.compile(model), nn.DataParallel(model)):
         vit = ewa.to_dense(wrapped)
         assert type(vit) is type(model) and torch.equal(vit(images), model(images))
+
+
+def test_forward_of_mixed_precision_is_left_behind(tiny, images, tmp_path):
+    model = ewa.to_moe(tiny(), init='independent').eval()
+    expected = ewa.to_dense(model)(images)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    prepared = Accelerator(mixed_precision='bf16', cpu=True).prepare(model)
+    assert not torch.equal(prepared(images), expected)
+    vit = ewa.to_dense(prepared)
+    assert torch.equal(vit(images), expected)
+    ewa.export(vit, tmp_path / 'vit')
+    write_folder(prepared, tmp_path / 'moe')
+    assert '_original_forward' in vars(prepared)  # which stays as it was
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_half_precision(tiny, images):

@@ -126,6 +126,15 @@ def test_vanilla_timm_loads_it_where_ewa_is_not_installed(tiny, images, tmp_path
     assert done.returncode == 0, done.stderr
 
 
+def test_channels_last_is_written(tiny, images, tmp_path):
+    moe = ewa.to_moe(tiny()).to(memory_format=torch.channels_last).eval()
+    ewa.export(ewa.to_dense(moe), tmp_path / 'vit')
+    write_folder(moe, tmp_path / 'moe')
+    assert not moe.patch_embed.proj.weight.is_contiguous()
+    for name in ('vit', 'moe'):
+        assert torch.allclose(ewa.load(tmp_path / name).eval()(images), moe(images), atol=1e-5)
+
+
 def test_half_precision_weights_stay_half(vit, images, tmp_path):
     vit.bfloat16()
     ewa.export(vit, tmp_path / 'out')
@@ -151,8 +160,13 @@ class TestExistingFolder:
         self.check_untouched(out, before)
 
     def test_is_replaced_as_a_whole_when_asked(self, vit, out):
+        (out / 'ema.safetensors').write_text('of the old model')
+        (out / '.git').mkdir()
+        (out / '.git' / 'HEAD').write_text('main')
         ewa.export(vit, out, overwrite=True)
-        assert sorted(contents(out)) == ['config.json', 'model.safetensors']
+        # what others put there stays
+        assert sorted(os.listdir(out)) == ['.git', 'config.json', 'model.safetensors', 'notes.txt']
+        assert (out / '.git' / 'HEAD').read_text() == 'main' and (out / 'notes.txt').read_text() == 'mine'
         assert 'which' not in config_of(out)['ewa'] and os.listdir(out.parent) == ['out']
         read = load_file(out / 'model.safetensors')
         assert all(torch.equal(read[key], value) for key, value in vit.state_dict().items())

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ewa
 from ewa.checkpoint import checkpoints, read_state
 from ewa.diagnostics import distances_to_mean
+from ewa.exporting import write_folder
 from ewa.options import train_parser
 from runs import (  # noqa: F401  fixtures among them
     FLAGS, HOST, ROOT, TINY, config_of, fails, files, folder, logits_and_labels, make_folder, run_convert, run_train,
@@ -73,12 +74,15 @@ def test_folders_hold_the_moe_whose_accuracy_was_reported(trained, folder):
     assert config['ewa']['updates'] == 10 and config['ewa']['epochs'] == 2
 
 
-def test_best_is_the_epoch_with_the_best_metric(go):
+def test_best_is_the_epoch_with_the_best_metric(go, capsys):
     for metric, choose in (('top1', max), ('loss', min)):
         run = go('--epochs', 4, '--eval-metric', metric, '--model-ema', '--model-ema-decay', 0.5, experiment=metric)
         rows = summary(run)
         values = [choose(row[f'eval_{metric}'], row[f'eval_ema_{metric}']) for row in rows]
         epoch = 1 + values.index(choose(values))
+        of_ema = choose(values) != rows[epoch - 1][f'eval_{metric}']
+        text = capsys.readouterr().out
+        assert (f'in epoch {epoch} (EMA weights)' in text, '--use-ema' in text) == (of_ema, of_ema)
         assert config_of(run / 'best')['ewa']['epochs'] == epoch
         assert config_of(run / 'best')['ewa'][metric] == pytest.approx(rows[epoch - 1][f'eval_{metric}'])
 
@@ -148,8 +152,9 @@ def test_progress_bar_on_a_terminal(go, capsys, monkeypatch):
     assert 'top-1 0.0' not in bars[-1]  # from the validation after the first epoch
 
 
-def test_unvalidated_epochs_report_nothing(go):
+def test_unvalidated_epochs_report_nothing(go, capsys):
     run = go('--epochs', 3, '--val-interval', 2)
+    assert ['top-1' in line for line in capsys.readouterr().out.splitlines() if '/3: loss' in line] == [0, 1, 1]
     assert [row['epoch'] for row in summary(run)] == [2, 3]
     assert list(scalars(run, 'eval/top1')) == [10, 15]
 
@@ -177,6 +182,9 @@ def test_accumulated_micro_batches_are_one_batch(go):
     # the last update of an epoch takes what is left, and is not carried into the next
     rest = go(*flags, '--grad-accum-steps', 3, '--epochs', 2, experiment='rest')
     assert read_state(newest(rest))['update'] == 4
+    # nor is its gradient smaller for that
+    exact, larger = (go(*flags, '--grad-accum-steps', n, experiment=str(n)) for n in (5, 8))
+    assert close(weights(exact), weights(larger), atol=1e-6)
 
 
 @pytest.mark.parametrize('per_update', [True, False])
@@ -223,6 +231,9 @@ def test_share_rate_reaches_the_experts(go):
     assert read_state(newest(run))['averager'] == dict(steps=10, pulls=5)
     rates = scalars(run, 'train/share_rate')
     assert rates[1] == pytest.approx(0.1) and rates[10] == 0
+    run = go('--share-rate', 0.1, '--share-schedule', 'linear', '--share-warmup-epochs', 0, '--epochs', 1,
+             '--log-interval', 1, experiment='at once')
+    assert list(scalars(run, 'train/share_rate').values()) == pytest.approx([0.1] * 5)
 
 
 def test_gated_experts_log_their_losses(go):
@@ -347,6 +358,7 @@ def test_resume_of_a_finished_run_says_so_and_changes_nothing(trained, folder, c
      'its architecture is vit_ewa, here it is vit_tiny_patch16_224'),
     (['--opt', 'sgd'], 'was trained with --opt adamw, here it is sgd'),
     (['--layer-decay', 0.7], 'was trained with --layer-decay None, here it is 0.7'),
+    (['--eval-metric', 'loss'], 'was trained with --eval-metric top1, here it is loss'),
 ], ids=lambda value: value[0] if isinstance(value, list) else '')
 def test_resume_refuses_the_checkpoint_of_another_model(trained, folder, flags, words):
     before = files(trained)
@@ -385,6 +397,7 @@ def mistakes(folder, tmp_path_factory):
         torch.save(timm.create_model('vit_tiny_patch16_224', **{**dense, **kwargs}).state_dict(), root / f'{name}.pth')
     torch.save(timm.create_model('deit3_small_patch16_224', **dense).state_dict(), root / 'deit3.pth')
     torch.save(timm.create_model('vit_ewa', **TINY, num_experts=3).state_dict(), root / 'three.pth')
+    write_folder(timm.create_model('vit_tiny_patch16_224', **dict(dense, img_size=56)), root / 'large')
     (root / 'typo.yaml').write_text('shar-rate: 0.1\n')
     (root / 'broken.yaml').write_text('a: [1\n')
     return root
@@ -424,6 +437,9 @@ MISTAKES = {
     'output is a file': ('--output {}/file', 'file', 'Not a directory'),
     'output exists': ('--output {} --experiment full', 'full exists', '--resume'),
     'resume what': ('--resume', '--experiment'),
+    'cold distillation': ('--teacher nope --kd-temperature 0', '--kd-temperature 0.0'),
+    'heavy label loss': ('--teacher nope --task-loss-weight 1.5', '--task-loss-weight 1.5', 'at most 1'),
+    'teacher of larger images': ('--teacher local-dir:{}/large', 'large', "can't take the images of the student"),
     'no checkpoint': ('--initial-checkpoint {}/nope.pth', 'nope.pth does not exist'),
     'not a checkpoint': ('--initial-checkpoint {}/file', 'file', "can't be loaded"),
     'deeper checkpoint': ('--initial-checkpoint {}/deep.pth', 'deep.pth', 'blocks.2'),

@@ -1,3 +1,4 @@
+import warnings
 from copy import deepcopy
 
 import pytest
@@ -121,6 +122,39 @@ def test_only_token_wise_ffns_are_found(tiny):
     assert not find_ffns(timm.create_model('tiny_vit_5m_224', num_classes=10))
     # depth-wise convolutions mix tokens
     assert not find_ffns(timm.create_model('pvt_v2_b0', num_classes=10))
+    # a relative position bias of two heads is made from two coordinates
+    with torch.device('meta'):
+        assert not any('rel_pos' in name for name in find_ffns(timm.create_model('maxvit_rmlp_tiny_rw_256')))
+
+
+def test_blocks_in_nested_lists_are_counted_one_by_one():
+    with torch.device('meta'):
+        model = timm.create_model('twins_svt_small')  # blocks.<stage>.<block>
+    assert select_ffns(model, 'last:2') == ['blocks.3.2.mlp', 'blocks.3.3.mlp']
+
+
+def test_an_ffn_in_two_places_is_refused():
+    with torch.device('meta'):
+        model = timm.create_model('coat_tiny')
+    with pytest.raises(ValueError, match='mlp2 is used in several places'):
+        ewa.to_moe(model, layers=r'parallel_blocks\.0\.mlp2')
+
+
+@pytest.mark.parametrize('name, kwargs, words', [
+    ('vit_tiny_patch16_224', dict(top_k=1), 'the task does not train the router'),
+    ('vit_tiny_patch16_224', dict(num_shared=1), 'leave no room for routed ones'),
+    ('vit_tiny_patch16_224', dict(num_shared=4, expert_ratio=.25), 'leave no room for routed ones'),
+    ('eva02_base_patch14_224', dict(num_shared=1), 'has a norm over its hidden units'),
+    ('vit_tiny_patch16_224', dict(top_k=1, renormalise=False), ''),
+    ('vit_tiny_patch16_224', dict(num_shared=1, layers='all'), ''),
+    ('vit_tiny_patch16_224', dict(num_shared=1, expert_ratio=.5), ''),
+], ids=str)
+def test_a_moe_that_would_disappoint_is_warned_of(tiny, name, kwargs, words):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        ewa.to_moe(tiny(name), router='topk', **kwargs)
+    messages = [str(warning.message) for warning in caught]
+    assert words in messages[0] if words else not messages
 
 
 @pytest.mark.parametrize('name, kwargs', [(host[0], host[1]) for host in HOSTS if host[0] in (
@@ -229,6 +263,7 @@ ERRORS = [
     (dict(layers='every:5'), 'K must be'),
     (dict(layers='last:x'), 'K must be'),
     (dict(layers='nothing'), r'matches no FFN. There are: blocks.0.mlp, blocks.1.mlp, blocks.2.mlp, blocks.3.mlp'),
+    (dict(layers=''), 'matches no FFN'),
     (dict(layers='('), 'regular expression'),
     (dict(router='hash'), "router must be 'random' or 'topk', got 'hash'"),
     (dict(init='zeros'), "init must be"),

@@ -220,6 +220,10 @@ class TestTimmFeatures:
         expected = dense.forward_intermediates(images, indices=(3,), intermediates_only=True)
         torch.testing.assert_close(model(images)[0], expected[0])
 
+    def test_features_only_without_a_chosen_block_is_refused(self, tiny):
+        with pytest.raises(ValueError, match=r"out_indices=\[0\] keeps none of the FFNs that layers='every:2'"):
+            tiny('vit_tiny_ewa', features_only=True, out_indices=[0])
+
     def test_features_only_is_refused_where_timm_flattens_the_host(self, tiny):
         with pytest.raises(ValueError, match='features_only=True is not supported'):
             tiny('vit_ewa', host='swin_tiny_patch4_window7_224', features_only=True, **SWIN)
