@@ -108,8 +108,9 @@ def main(argv=None):
     try:
         if output.exists() and not args.overwrite:
             raise ValueError(f'{output} exists: give another --output, or --overwrite to replace it.')
-        if output.resolve() == Path(args.source).resolve():
-            raise ValueError(f'--output {output} is the MoE model itself: give another folder.')
+        source = Path(args.source)
+        if output.resolve() in (source.resolve(), source.resolve().parent if source.is_file() else None):
+            raise ValueError(f'--output {output} is where the MoE model itself is: give another folder.')
         if args.onnx:
             require_onnx()
         if args.report and Path(args.report).exists():

@@ -16,7 +16,7 @@ from . import gathering
 from .ffn import build_ffn, find_ffns, is_ffn, read_ffn
 from .gathering import FFNWeights
 from .moe import fuse_experts, moe_layers
-from .upcycle import _pieces, block_of, class_forward, describe_dense
+from .upcycle import _pieces, block_of, describe_dense, plain_forward
 from .usage import LayerUsage, is_gated, measure_usage, renormalises
 
 # method -> the options it takes beside k
@@ -97,7 +97,7 @@ def to_dense(
             raise ValueError(f'{name}: {e}') from e
     # with the FFNs in the memo, deepcopy takes them where it would copy a layer
     dense = deepcopy(model, {id(layer): ffns[name] for name, layer in layers.items()})
-    class_forward(dense)
+    plain_forward(dense)
     describe_dense(dense)
     _describe_width(dense, layers)
     first = next(iter(layers.values()))
@@ -230,7 +230,8 @@ def _describe_width(dense: nn.Module, layers: Dict[str, nn.Module]) -> None:
     other = next((name for name in ratios if ratios[name] != ratio), None)
     if other is not None:
         layer = layers[changed[0]]
-        keep = 'Leave k out to keep the vanilla width, or c' if _cut(layer) > len(getattr(layer, 'shared', ())) else 'C'
+        room = _cut(layer) > len(getattr(layer, 'shared', None) or ())
+        keep = 'Leave k out to keep the vanilla width, or c' if room else 'C'
         raise ValueError(
             f'{changed[0]} would get another hidden width than {other}, and no timm architecture has FFNs of two '
             f'widths. {keep}onvert a model with layers="all".')

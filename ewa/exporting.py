@@ -15,11 +15,11 @@ from timm.models import get_model_input_config, save_for_hf
 from torch import Tensor, nn
 
 from .moe import moe_layers
-from .upcycle import WEIGHT_CFG, class_forward
+from .upcycle import WEIGHT_CFG, plain_forward
 
 PathLike = Union[str, os.PathLike]
-# what a model folder may hold of ours
-FILES = ('config.json', 'model.safetensors', 'ema.safetensors', 'model.onnx')
+# what belongs to the model in a folder (the third is of timm's own writer)
+FILES = ('config.json', 'model.safetensors', 'pytorch_model.bin', 'ema.safetensors', 'model.onnx')
 
 
 def _fsync(path: Path) -> None:
@@ -30,10 +30,10 @@ def _fsync(path: Path) -> None:
         os.close(fd)
 
 
-def replace_folder(new: Path, final: Path) -> None:
+def replace_folder(new: Path, final: Path, ours: Optional[Sequence[str]] = None) -> None:
     """Give a complete folder its final name; what was there before stays until the new one is safely on disk.
 
-    Files and folders of others in it move to the new one.
+    With `ours`, names of files, all others in the folder that is replaced move to the new one.
     """
     for path in [*new.iterdir(), new]:
         _fsync(path)
@@ -50,9 +50,11 @@ def replace_folder(new: Path, final: Path) -> None:
         raise
     _fsync(final.parent)
     if old is not None:
-        for path in (old / final.name).iterdir():
-            if path.name not in FILES and not (final / path.name).exists():
-                os.rename(path, final / path.name)
+        replaced = old / final.name
+        if ours is not None and not replaced.is_symlink():
+            for path in replaced.iterdir():
+                if path.name not in ours:
+                    os.rename(path, final / path.name)
         shutil.rmtree(old)
 
 
@@ -101,7 +103,7 @@ def write_folder(
         raise FileExistsError(f'{directory} is not a model folder, so it is not replaced.')
 
     model = copy.copy(model)  # shallow: only what is replaced here
-    class_forward(model)
+    plain_forward(model)
     if not all(value.is_contiguous() for value in model.state_dict().values()):  # channels_last
         model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     model.pretrained_cfg = dict({k: v for k, v in cfg.items() if k not in WEIGHT_CFG}, tag='', license='')
@@ -123,7 +125,7 @@ def write_folder(
         new.chmod(0o777 & ~umask)  # mkdtemp and safetensors make private ones
         for path in new.iterdir():
             path.chmod(0o666 & ~umask)
-        replace_folder(new, directory)
+        replace_folder(new, directory, ours=FILES)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

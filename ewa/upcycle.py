@@ -5,8 +5,10 @@ Axis legend: `E` experts, `H` hidden width, `D` width.
 import math
 import re
 import warnings
+from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
+from types import MethodType
 from typing import Any, Dict, List, Sequence, Union
 
 import torch
@@ -208,9 +210,9 @@ def to_moe(
             raise ValueError(f'expert_ratio=1/{pieces} does not divide the hidden width {hidden} of {name}.')
         if pieces > 1 and read_ffn(ffn).norm is not None:
             raise ValueError(f'{name} has a norm over its hidden units and can\'t be cut: use expert_ratio=1.')
-    modules = [module for _, module in model.named_modules(remove_duplicate=False)]
+    holders = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for name in names:
-        if sum(module is model.get_submodule(name) for module in modules) > 1:
+        if holders[id(model.get_submodule(name))] > 1:
             raise ValueError(f'{name} is used in several places of the model, so it can\'t become a MoE: leave it out.')
     _warn(model, names, router, top_k, num_shared, pieces, renormalise)
     if init == 'auto':
@@ -253,7 +255,7 @@ def _warn(
         warnings.warn(
             f'{normed} has a norm over its hidden units, so shared and routed experts can\'t become one FFN: this MoE '
             f'can\'t be converted to a dense model. Use num_shared=0.', stacklevel=3)
-    elif num_shared >= pieces and any(block_of(name) and name not in names for name in find_ffns(model)):
+    elif num_shared >= pieces and getattr(model, 'pretrained_cfg', None) and any(block_of(name) and name not in names for name in find_ffns(model)):
         warnings.warn(
             f'{num_shared} shared expert(s) of 1/{pieces} of the hidden width leave no room for routed ones in a dense '
             f'FFN of the width that the other blocks have: this MoE can\'t be converted to a dense model. Use '
@@ -281,10 +283,10 @@ def describe_dense(model: nn.Module) -> None:
         model.pretrained_cfg, architecture=split_model_name_tag(host)[0])
 
 
-def class_forward(model: nn.Module) -> None:
-    """Give a copy of a model the `forward` of its class again.
-
-    `accelerator.prepare` puts one for mixed precision on a model, and in a copy it would still be that of the original.
-    """
-    for key in ('forward', '_original_forward'):
-        model.__dict__.pop(key, None)
+def plain_forward(model: nn.Module) -> None:
+    """Take the `forward` for mixed precision off a copy of a model that `accelerator.prepare` put on the original."""
+    original = model.__dict__.pop('_original_forward', None)
+    if original is not None:
+        model.forward = MethodType(original.__func__, model) if hasattr(original, '__func__') else original
+    if getattr(model.__dict__.get('forward'), '__func__', None) is type(model).forward:
+        del model.forward

@@ -214,8 +214,9 @@ def test_output_that_exists_stays(trained, out):
 
 def test_the_source_is_not_overwritten(trained):
     before = files(trained)
-    code, lines = fails(run_convert, trained / 'last', '--output', trained / 'x' / '..' / 'last', '--overwrite')
-    assert code == 2 and 'last is the MoE model itself' in lines[-1] and files(trained) == before
+    for source in (trained / 'last', trained / 'last' / 'model.safetensors'):
+        code, lines = fails(run_convert, source, '--output', trained / 'x' / '..' / 'last', '--overwrite', *BARE)
+        assert code == 2 and 'last is where the MoE model itself is' in lines[-1] and files(trained) == before
 
 
 def test_missing_onnx_is_found_out_before_work(trained, folder, out, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from copy import deepcopy
+from types import MethodType
 
 import pytest
 import timm
@@ -104,6 +105,10 @@ def test_forward_of_mixed_precision_is_left_behind(tiny, images, tmp_path):
     assert torch.equal(vit(images), expected)
     ewa.export(vit, tmp_path / 'vit')
     write_folder(prepared, tmp_path / 'moe')
+    # a forward of the user's own goes along
+    own = ewa.to_moe(tiny(), init='independent').eval()
+    own.forward = MethodType(lambda self, x: type(self).forward(self, 2 * x), own)
+    assert torch.equal(ewa.to_dense(own)(images), own(images))
     assert '_original_forward' in vars(prepared)  # which stays as it was
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -168,6 +168,10 @@ class TestExistingFolder:
         assert sorted(os.listdir(out)) == ['.git', 'config.json', 'model.safetensors', 'notes.txt']
         assert (out / '.git' / 'HEAD').read_text() == 'main' and (out / 'notes.txt').read_text() == 'mine'
         assert 'which' not in config_of(out)['ewa'] and os.listdir(out.parent) == ['out']
+        # also where the folder is somewhere else
+        (out.parent / 'link').symlink_to('out')
+        ewa.export(vit, out.parent / 'link', overwrite=True)
+        assert (out / 'notes.txt').exists() and sorted(os.listdir(out.parent)) == ['link', 'out']
         read = load_file(out / 'model.safetensors')
         assert all(torch.equal(read[key], value) for key, value in vit.state_dict().items())
 

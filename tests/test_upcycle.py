@@ -133,11 +133,15 @@ def test_blocks_in_nested_lists_are_counted_one_by_one():
     assert select_ffns(model, 'last:2') == ['blocks.3.2.mlp', 'blocks.3.3.mlp']
 
 
-def test_an_ffn_in_two_places_is_refused():
+def test_an_ffn_in_two_places_is_refused(tiny):
     with torch.device('meta'):
         model = timm.create_model('coat_tiny')
     with pytest.raises(ValueError, match='mlp2 is used in several places'):
         ewa.to_moe(model, layers=r'parallel_blocks\.0\.mlp2')
+    # a block in two places may have one: its place is the block
+    vit = tiny()
+    vit.blocks.append(vit.blocks[1])
+    assert [name for name, _ in moe_layers(ewa.to_moe(vit))] == ['blocks.1.mlp', 'blocks.3.mlp']
 
 
 @pytest.mark.parametrize('name, kwargs, words', [
