@@ -161,8 +161,9 @@ def main(lines: Lines, name: str) -> str:
 
 Groups = Dict[str, Dict[Tuple[int, int], Lines]]
 Cells = Sequence[Tuple[int, int]]
-PAIRS = (('EWA', 'dense'), ('EWA, drop-path', 'dense, drop-path'), ('EWA', 'dense, drop-path'),
-         ('no pull, drop-path', 'dense, drop-path'), ('EWA, drop-path', 'no pull, drop-path'), ('full pull', 'dense'),
+PAIRS = (('EWA', 'dense'), ('EWA, every second', 'dense'), ('EWA, drop-path', 'dense, drop-path'),
+         ('EWA', 'dense, drop-path'), ('no pull, drop-path', 'dense, drop-path'),
+         ('EWA, drop-path', 'no pull, drop-path'), ('full pull', 'dense'),
          ('full pull, drop-path', 'dense, drop-path'), ('full pull', 'dense, half FFN lr'))
 
 

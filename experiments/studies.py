@@ -220,6 +220,8 @@ def main_study(s: Setting) -> Iterator[List[Run]]:
     first = [('dense', *FAMILIES['dense'], 'dense', 2, ema), ('EWA', *FAMILIES['EWA'], 'EWA', 2, ema),
              ('no pull', *FAMILIES['no pull'], 'no pull', 2, {})]
     first += [(f'{name}, drop-path', *FAMILIES[name], name, 3, {}) for name in ('dense', 'EWA', 'no pull')]
+    # where the package puts experts if it is not told otherwise
+    first.append(('EWA, every second', dict(EWA, **{'moe-layers': 'every:2'}), '', 'EWA', 2, {}))
     controls = [('whole images', EWA, 'whole images', 'EWA', 2, {}),
                 ('static fusion', fusion[0], 'static fusion', 'learned fusion', 2, {}),
                 ('learned fusion', *fusion, 'learned fusion', 2, {}),
