@@ -169,9 +169,8 @@ class ExpertAverager:
         """Pull after every real step of an optimizer, from now on until `handle.remove()`.
 
         Steps skipped for gradient accumulation or by a loss scaler are not counted. A class whose step() calls its
-        parent's is pulled once, after the parent's. Of an `AcceleratedOptimizer` the
-        optimizer inside is used. The hook is part of neither `optimizer.state_dict()` nor a `deepcopy`: attach again
-        after either.
+        parent's is pulled once, after the parent's. Of an `AcceleratedOptimizer` the optimizer inside is used. The hook
+        is part of neither `optimizer.state_dict()` nor a `deepcopy`: attach again after either.
 
         Raises:
             RuntimeError: This averager is attached already (experts would be pulled twice a step).

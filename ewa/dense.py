@@ -229,12 +229,10 @@ def _describe_width(dense: nn.Module, layers: Dict[str, nn.Module]) -> None:
     ratio = ratios[changed[0]]
     other = next((name for name in ratios if ratios[name] != ratio), None)
     if other is not None:
-        layer = layers[changed[0]]
-        room = _cut(layer) > len(getattr(layer, 'shared', None) or ())
-        keep = 'Leave k out to keep the vanilla width, or c' if room else 'C'
         raise ValueError(
             f'{changed[0]} would get another hidden width than {other}, and no timm architecture has FFNs of two '
-            f'widths. {keep}onvert a model with layers="all".')
+            'widths. Convert a model with layers="all", or leave k out to keep the vanilla width (if the shared '
+            'experts alone do not fill it).')
     shapes = {key: value.shape for key, value in dense.state_dict().items()}
     for factor in (1, 2):  # where a GLU packs its two input matrices, some hosts count both in mlp_ratio
         args = dict(getattr(dense, '_model_args', {}), mlp_ratio=factor * ratio)

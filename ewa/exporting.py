@@ -174,6 +174,7 @@ def require_onnx() -> None:
 def _write_onnx(model: nn.Module, path: Path) -> None:
     require_onnx()
     import onnxruntime
+
     model = copy.deepcopy(model).cpu().float().eval()
     image = _image(model)
     with warnings.catch_warnings():

@@ -272,7 +272,8 @@ def convert_parser() -> Parser:
                     description='Turn a MoE model into a dense one and export it as a vanilla timm folder.')
     parser.add_argument('source', metavar='SRC', help='model folder, checkpoint folder, or .safetensors / .pth file')
     parser.add_argument('--output', required=True, metavar='DIR', help='folder to make')
-    parser.add_argument('--overwrite', action='store_true', help='replace the model in DIR if there is one; other files there stay')
+    parser.add_argument('--overwrite', action='store_true',
+                        help='replace the model in DIR if there is one; other files there stay')
     parser.add_argument('--method', default='average', choices=(*METHODS, 'all'), metavar='NAME',
                         help=f'how experts become one FFN: {", ".join(METHODS)}; all compares them and writes the best')
     parser.add_argument('--k', type=int, metavar='N',

@@ -255,7 +255,8 @@ def _warn(
         warnings.warn(
             f'{normed} has a norm over its hidden units, so shared and routed experts can\'t become one FFN: this MoE '
             f'can\'t be converted to a dense model. Use num_shared=0.', stacklevel=3)
-    elif num_shared >= pieces and getattr(model, 'pretrained_cfg', None) and any(block_of(name) and name not in names for name in find_ffns(model)):
+    elif num_shared >= pieces and getattr(model, 'pretrained_cfg', None) and any(
+            block_of(name) and name not in names for name in find_ffns(model)):
         warnings.warn(
             f'{num_shared} shared expert(s) of 1/{pieces} of the hidden width leave no room for routed ones in a dense '
             f'FFN of the width that the other blocks have: this MoE can\'t be converted to a dense model. Use '

@@ -222,8 +222,8 @@ def conversion(groups: Groups, cells: Cells) -> str:
                         2, sign=True) for cell in cells]
         if any(gaps):
             rows.append([variant, *gaps])
-    intro = _wrap('What conversion costs: top-1 of the MoE itself, a random expert for each token as in training, minus '
-                  'that of its dense form, a quarter of the test set.')
+    intro = _wrap('What conversion costs: top-1 of the MoE itself, a random expert for each token as in training, '
+                  'minus that of its dense form, a quarter of the test set.')
     header = ('variant', *(f'{images:,} x {epochs}' for images, epochs in cells))
     return f'{intro}\n\n{table(header, rows)}'
 

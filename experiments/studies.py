@@ -37,7 +37,7 @@ GATED: Flags = {'num-experts': 8, 'router': 'topk', 'top-k': 2, 'moe-layers': 'e
 
 
 class Whole(NamedTuple):
-    """Trainings on all images of a set: width of the model, length, seed, learning rates, FFN width over model width."""
+    """Training on all images of a set: width of the model, length, seed, learning rates, FFN width over model width."""
     width: int
     epochs: int
     seed: int
@@ -214,7 +214,7 @@ def chosen(s: Setting, family: str, epochs: int, stages: int = 3) -> Flags:
 
 
 def main_study(s: Setting) -> Iterator[List[Run]]:
-    """Does EWA help? Against drop-path and EMA, and at the middle size against other weight averages; all tuned."""
+    """Does EWA help? Against drop-path, EMA, weight fusion; at the middle size also what large pulls do. All tuned."""
     ema = {'model-ema': True, 'model-ema-decay': 0.998, 'model-ema-warmup': True}
     fusion = FAMILIES['learned fusion']
     first = [('dense', *FAMILIES['dense'], 'dense', 2, ema), ('EWA', *FAMILIES['EWA'], 'EWA', 2, ema),
@@ -222,18 +222,18 @@ def main_study(s: Setting) -> Iterator[List[Run]]:
     first += [(f'{name}, drop-path', *FAMILIES[name], name, 3, {}) for name in ('dense', 'EWA', 'no pull')]
     # where the package puts experts if it is not told otherwise
     first.append(('EWA, every second', dict(EWA, **{'moe-layers': 'every:2'}), '', 'EWA', 2, {}))
-    controls = [('whole images', EWA, 'whole images', 'EWA', 2, {}),
-                ('static fusion', fusion[0], 'static fusion', 'learned fusion', 2, {}),
-                ('learned fusion', *fusion, 'learned fusion', 2, {}),
-                ('full pull', *FAMILIES['full pull'], 'full pull', 2, {}),
-                ('full pull, drop-path', *FAMILIES['full pull'], 'full pull', 3, {}),
-                ('dense, half FFN lr', {}, 'FFN lr 0.5', 'full pull', 2, {})]
+    others = [('whole images', EWA, 'whole images', 'EWA', 2, {}),
+              ('static fusion', fusion[0], 'static fusion', 'learned fusion', 2, {}),
+              ('learned fusion', *fusion, 'learned fusion', 2, {})]
+    pulls = [('full pull', *FAMILIES['full pull'], 'full pull', 2, {}),
+             ('full pull, drop-path', *FAMILIES['full pull'], 'full pull', 3, {}),
+             ('dense, half FFN lr', {}, 'FFN lr 0.5', 'full pull', 2, {})]
     short, long = s.lengths
     # a quarter of the images for 2.5 times the epochs, four times the images for half of them
     small, large = (s.size // 4, 5, 2), (s.size * 4, 1, 2)
     middle = [((s.size, 1, 1), length) for length in (long, short)]
-    others = [(size, length) for length in (long, short) for size in (small, large)]
-    for variants, cells in ((first, middle + others), (controls, middle)):
+    cells = middle + [(size, length) for length in (long, short) for size in (small, large)]
+    for variants, cells in ((first, cells), (others, cells), (pulls, middle)):
         for (size, times, by), length in cells:
             yield [
                 s.train(name, dict(variant=name, seed=seed), size, max(2, length * times // by), baseline,
