@@ -164,8 +164,9 @@ Groups = Dict[str, Dict[Tuple[int, int], Lines]]
 Cells = Sequence[Tuple[int, int]]
 PAIRS = (('EWA', 'dense'), ('EWA, every second', 'dense'), ('EWA, drop-path', 'dense, drop-path'),
          ('EWA', 'dense, drop-path'), ('no pull, drop-path', 'dense, drop-path'),
-         ('EWA, drop-path', 'no pull, drop-path'), ('full pull', 'dense'),
-         ('full pull, drop-path', 'dense, drop-path'), ('full pull', 'dense, half FFN lr'))
+         ('EWA, drop-path', 'no pull, drop-path'), ('whole images', 'EWA'), ('static fusion', 'dense'),
+         ('learned fusion', 'dense'), ('full pull', 'dense'), ('full pull, drop-path', 'dense, drop-path'),
+         ('full pull', 'dense, half FFN lr'))
 
 
 def comparisons(groups: Groups, cells: Cells) -> str:
