@@ -163,11 +163,11 @@ def main(lines: Lines, name: str) -> str:
 Groups = Dict[str, Dict[Tuple[int, int], Lines]]
 Cells = Sequence[Tuple[int, int]]
 PAIRS = (('EWA', 'dense'), ('EWA, every second', 'dense'), ('EWA 0.01, every second', 'dense'),
-         ('EWA 0.01, every second', 'EWA, every second'), ('EWA, drop-path', 'dense, drop-path'),
-         ('EWA', 'dense, drop-path'), ('no pull, drop-path', 'dense, drop-path'),
-         ('EWA, drop-path', 'no pull, drop-path'), ('whole images', 'EWA'), ('static fusion', 'dense'),
-         ('learned fusion', 'dense'), ('full pull', 'dense'), ('full pull, drop-path', 'dense, drop-path'),
-         ('full pull', 'dense, half FFN lr'))
+                  ('EWA, every second', 'EWA'), ('EWA 0.01, every second', 'EWA, every second'),
+         ('EWA, drop-path', 'dense, drop-path'), ('EWA', 'dense, drop-path'),
+         ('no pull, drop-path', 'dense, drop-path'), ('EWA, drop-path', 'no pull, drop-path'),
+         ('whole images', 'EWA'), ('static fusion', 'dense'), ('learned fusion', 'dense'), ('full pull', 'dense'),
+         ('full pull, drop-path', 'dense, drop-path'), ('full pull', 'dense, half FFN lr'))
 
 
 def comparisons(groups: Groups, cells: Cells) -> str:
@@ -220,12 +220,15 @@ def conversion(groups: Groups, cells: Cells) -> str:
     """What conversion costs random-partition MoEs."""
     rows = []
     for variant, group in groups.items():
-        gaps = [mean_se([line['routed']['top1'] - line['dense']['top1'] for line in group[cell] if 'routed' in line],
-                        2, sign=True) for cell in cells]
-        if any(gaps):
-            rows.append([variant, *gaps])
+        row = [variant]
+        for cell in cells:
+            pairs = [(line['routed']['top1'], line['dense']['top1']) for line in group[cell] if 'routed' in line]
+            row.append(f'{mean_se([moe - dense for moe, dense in pairs], 2, sign=True)} '
+                       f'({statistics.mean(moe for moe, _ in pairs):.1f})' if pairs else '')
+        if any(row[1:]):
+            rows.append(row)
     intro = _wrap('What conversion costs: top-1 of the MoE itself, a random expert for each token as in training, '
-                  'minus that of its dense form, a quarter of the test set.')
+                  'minus that of its dense form, a quarter of the test set; in brackets the MoE\'s own.')
     header = ('variant', *(f'{images:,} x {epochs}' for images, epochs in cells))
     return f'{intro}\n\n{table(header, rows)}'
 

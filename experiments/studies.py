@@ -122,7 +122,7 @@ def setting(data: Path, work: Path, gpu: bool, seeds: Optional[int]) -> Setting:
     whole = WHOLE.get(name, [Whole(64, 3, 100, (0.002, 0.004, 0.008))])
     size, lengths = {'digits': (250, (20, 80)), 'glyphs': (8000, (12, 36))}.get(name, (2000, (10, 40)))
     if gpu:
-        # ViT-S on patches of half the side, six times the images, augmentation; no flips, for characters
+        # ViT-S on patches of half the side, 12,000 images, augmentation; no flips, for characters
         small = {'embed_dim': 384, 'depth': 12, 'num_heads': 6}
         patch = max(2, own['model-kwargs']['patch_size'] // 2)
         flags.update({

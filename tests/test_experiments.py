@@ -218,7 +218,7 @@ def test_report_compares_the_moe_with_its_own_dense_form(monkeypatch, tmp_path):
     for entry, gain in zip(lines[2:], (1., 3.)):
         entry.update(dense=dict(top1=60.), routed=dict(top1=60. + gain))
     part = report.main(lines, 'some').split('What conversion costs')[1].split('Robustness')[0]
-    assert '| EWA | +2.00 ± 1.00 |' in part and '| dense |' not in part
+    assert '| EWA | +2.00 ± 1.00 (62.0) |' in part and '| dense |' not in part
 
 
 def test_interval_is_students():
