@@ -265,7 +265,8 @@ def share_rate(lines: Lines, name: str) -> str:
     groups = {f'{epochs} epochs': _select(lines, epochs=epochs, **usual) for epochs in lengths}
     groups['independent start'] = _select(lines, **dict(usual, init='independent'))
     for schedule in ('linear', 'cosine'):
-        groups[f'{schedule} schedule'] = _select(lines, **dict(usual, schedule=schedule))
+        for epochs in lengths:
+            groups[f'{schedule}, {epochs} epochs'] = _select(lines, epochs=epochs, **dict(usual, schedule=schedule))
     rates = sorted(_unique(lines, 'rate'))
 
     def distance(line: Dict[str, Any]) -> float:

@@ -158,8 +158,8 @@ def share_rate(s: Setting) -> Iterator[List[Run]]:
     # four times as long: do experts stay mergeable?
     yield [run(0, 4 * long, rate) for rate in (0., 1e-3)] + [
         s.train('dense', dict(variant='dense', seed=0), s.size, 4 * long)]
-    yield [run(seed, long, rate, schedule)
-           for seed in few for rate in (1e-2, .1, .75) for schedule in ('linear', 'cosine')]
+    yield [run(seed, epochs, rate, schedule) for seed in few for epochs in (long, short)
+           for rate in rates[1:] for schedule in ('linear', 'cosine')]
 
 
 FAMILIES: Dict[str, Tuple[Flags, str]] = {
