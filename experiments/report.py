@@ -163,7 +163,7 @@ def main(lines: Lines, name: str) -> str:
 Groups = Dict[str, Dict[Tuple[int, int], Lines]]
 Cells = Sequence[Tuple[int, int]]
 PAIRS = (('EWA', 'dense'), ('EWA, every second', 'dense'), ('EWA 0.01, every second', 'dense'),
-                  ('EWA, every second', 'EWA'), ('EWA 0.01, every second', 'EWA, every second'),
+         ('EWA, every second', 'EWA'), ('EWA 0.01, every second', 'EWA, every second'),
          ('EWA, drop-path', 'dense, drop-path'), ('EWA', 'dense, drop-path'),
          ('no pull, drop-path', 'dense, drop-path'), ('EWA, drop-path', 'no pull, drop-path'),
          ('whole images', 'EWA'), ('static fusion', 'dense'), ('learned fusion', 'dense'), ('full pull', 'dense'),

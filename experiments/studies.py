@@ -225,7 +225,7 @@ def main_study(s: Setting) -> Iterator[List[Run]]:
     others = [('whole images', EWA, 'whole images', 'EWA', 2, {}),
               ('static fusion', fusion[0], 'static fusion', 'learned fusion', 2, {}),
               ('learned fusion', *fusion, 'learned fusion', 2, {})]
-    larger = [('EWA 0.01, every second', dict(EWA, **{'moe-layers': 'every:2', 'share-rate': 0.01}), '', 'EWA', 2, {})]
+    stronger = [('EWA 0.01, every second', dict(EWA, **{'moe-layers': 'every:2', 'share-rate': .01}), '', 'EWA', 2, {})]
     pulls = [('full pull', *FAMILIES['full pull'], 'full pull', 2, {}),
              ('full pull, drop-path', *FAMILIES['full pull'], 'full pull', 3, {}),
              ('dense, half FFN lr', {}, 'FFN lr 0.5', 'full pull', 2, {})]
@@ -234,7 +234,7 @@ def main_study(s: Setting) -> Iterator[List[Run]]:
     small, large = (s.size // 4, 5, 2), (s.size * 4, 1, 2)
     middle = [((s.size, 1, 1), length) for length in (long, short)]
     cells = middle + [(size, length) for length in (long, short) for size in (small, large)]
-    parts = ((first, cells), (others, cells), (larger, [cell for cell in cells if cell[1] == long]), (pulls, middle))
+    parts = ((first, cells), (others, cells), (stronger, [cell for cell in cells if cell[1] == long]), (pulls, middle))
     for variants, cells in parts:
         for (size, times, by), length in cells:
             yield [

@@ -221,6 +221,21 @@ def test_report_compares_the_moe_with_its_own_dense_form(monkeypatch, tmp_path):
     assert '| EWA | +2.00 ± 1.00 (62.0) |' in part and '| dense |' not in part
 
 
+def test_report_keeps_schedules_of_two_lengths_apart(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, 'DOCS', tmp_path)
+    lines = []
+    for epochs, top1 in ((10, 60.), (40, 70.)):
+        for schedule, gain in (('constant', 0.), ('linear', 1.)):
+            entry = line('EWA', 0, top1 + gain, rate=1e-3, schedule=schedule, init='copy', experts=4, layers='all')
+            entry['labels']['epochs'] = epochs
+            entry.update(dense=dict(top1=1., nll=1.), routed=dict(top1=1., nll=1.), experts={
+                'distance/0': [[0, 0.], [9, 0.5]], 'cosine/0': [[0, 1.], [9, 0.5]]})
+            lines.append(entry)
+    text = report.share_rate(lines, 'some')
+    for label, top1 in (('10 epochs', 60), ('40 epochs', 70), ('linear, 10 epochs', 61), ('linear, 40 epochs', 71)):
+        assert f'| {label} | 0.001 | 1 | {top1}.00 | {top1}.00 |' in text
+
+
 def test_interval_is_students():
     values = [1., 2., 3., 4., 5.]
     low, high = report.interval(values)
