@@ -98,7 +98,6 @@ def _error_bars(axis, columns: Sequence[Any], groups: Dict[str, List[List[float]
     axis.set_xticks(range(len(columns)), [f'{column:g}' for column in columns], fontsize=8)
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
-    axis.legend(fontsize=7)
 
 
 def tune(lines: Lines, name: str) -> str:
@@ -309,6 +308,7 @@ def share_rate(lines: Lines, name: str) -> str:
         _error_bars(axis, rates, {
             label: [values(label, rate, read) for rate in rates] for label in groups if groups[label]},
             'share rate', what)
+    axes[-1].legend(fontsize=7)
     parts += ['', _save(figure, f'share_rate_{name}', 'accuracy, loss and distance over share rates')]
 
     rows = []
