@@ -1,0 +1,226 @@
+"""Refit: hidden units chosen, and the matrix behind them solved, so that one FFN computes what a MoE layer computes.
+
+Axis legend: `T` tokens, `D` width, `C` candidates (hidden units of all experts), `H` hidden units that are kept.
+
+With `A` (T, C) the activations of the candidates on calibration tokens and `Y` (T, D) the layer's outputs, find `H`
+columns `S` and
+
+    min_{S, W, b}  |A_S W + b - Y|^2 / T + l |W|^2,        l = ridge * mean over candidates of the variance of A
+
+greedily in `S`, exactly in `W` and `b`. Only means over tokens are needed, of `A`, `Y`, `A^T A` and `A^T Y`: they are
+accumulated over chunks of tokens, in float64. Pure tensor functions; labels are never seen.
+
+Sources: the least squares is that of MergeMoE (https://arxiv.org/abs/2510.14436) for whole experts and of CORP
+(https://arxiv.org/abs/2602.05243), ridge with a bias, for pruned ViTs; the choice of single units is orthogonal matching
+pursuit for several outputs (Tropp, Gilbert and Strauss, Algorithms for simultaneous sparse approximation, 2006).
+"""
+import warnings
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ['Moments', 'check_tokens', 'fit', 'preselect', 'relative_error', 'select', 'solve']
+
+_DEPENDENT = 1e-12  # share of a candidate's variance under which it counts as a combination of the chosen ones
+
+
+class Moments:
+    """Means over calibration tokens of what the least squares needs, in float64.
+
+    Args:
+        candidates: `C`.
+        width: `D`.
+        device: Where to accumulate.
+
+    Attributes:
+        tokens: `T`, so far.
+        gram: `sum A^T A`, (C, C).
+        cross: `sum A^T Y`, (C, D).
+        activation: `sum A`, (C,).
+        target: `sum Y`, (D,).
+    """
+
+    def __init__(self, candidates: int, width: int, device: Optional[torch.device] = None) -> None:
+        self.tokens = 0
+        self.gram = torch.zeros(candidates, candidates, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(candidates, width, dtype=torch.float64, device=device)
+        self.activation = torch.zeros(candidates, dtype=torch.float64, device=device)
+        self.target = torch.zeros(width, dtype=torch.float64, device=device)
+
+    def add(self, activations: Tensor, targets: Tensor) -> None:
+        """Add a chunk of tokens: `activations` (t, C) and `targets` (t, D).
+
+        Raises:
+            ValueError: Values that are not finite.
+        """
+        for name, values in (('activations', activations), ('outputs', targets)):
+            if not values.isfinite().all():
+                raise ValueError(
+                    f'the calibration images give {name} that are not finite; look for broken images, or take a '
+                    f'checkpoint from before training diverged.')
+        activations, targets = activations.double(), targets.double()
+        self.tokens += len(activations)
+        self.gram.addmm_(activations.T, activations)
+        self.cross.addmm_(activations.T, targets)
+        self.activation += activations.sum(0)
+        self.target += targets.sum(0)
+
+    def normal(self, ridge: float, bias: bool = True) -> Tuple[Tensor, Tensor]:
+        """Matrix and right-hand side of the normal equations, (C, C) and (C, D).
+
+        With a bias these are covariances: `A^T A / T - a a^T`, `A^T Y / T - a y^T` for means `a` (C,) and `y` (D,); the
+        bias is not shrunk. To the diagonal of the matrix `ridge` times its mean is added.
+        """
+        gram, cross = self.gram / self.tokens, self.cross / self.tokens
+        if bias:
+            gram.addr_(self.activation / self.tokens, self.activation / self.tokens, alpha=-1)
+            cross.addr_(self.activation / self.tokens, self.target / self.tokens, alpha=-1)
+        gram.diagonal().add_(ridge * gram.diagonal().mean())
+        return gram, cross
+
+
+def check_tokens(tokens: int, hidden: int, ridge: float) -> None:
+    """Compare the number of calibration tokens with that of unknowns an output, `H + 1`; warn under 10 tokens each.
+
+    Raises:
+        ValueError: A ridge that is negative or not finite; with ridge 0, fewer tokens than unknowns.
+    """
+    if not 0 <= ridge < float('inf'):
+        raise ValueError(f'ridge must be finite and >= 0, got {ridge}; 1e-4 is the default.')
+    unknowns = hidden + 1
+    if ridge == 0 and tokens < unknowns:
+        raise ValueError(
+            f'{tokens} calibration tokens do not determine {unknowns} unknowns an output: give more images, or a ridge '
+            f'> 0.')
+    if tokens < 10 * unknowns:
+        warnings.warn(
+            f'{tokens} calibration tokens for {unknowns} unknowns an output: with fewer than {10 * unknowns} the fit '
+            f'may not hold on other images; give more.', stacklevel=2)
+
+
+def preselect(contributions: Sequence[Tensor], limit: int, whole: int = 0) -> Tensor:
+    """The candidates worth looking at where there are many, before any product of two of them is computed.
+
+    All units of the first `whole` experts (shared ones) and of the expert that contributes most, so that experts which
+    are nearly copies of each other leave a complete FFN among the candidates; then single units by contribution. An
+    expert that no token was sent to contributes nothing and comes last.
+
+    Args:
+        contributions: For each expert what its hidden units contribute, e.g. mean over tokens of
+            `gate^2 activation^2 |down column|^2`, (h_e,).
+        limit: Candidates to keep; no less than the complete experts have.
+        whole: Experts that are kept whole.
+
+    Returns:
+        Indices into the concatenated units, ascending, (C,). Units of experts that contribute nothing are among them
+        only if all others are fewer than `limit`.
+    """
+    totals = torch.stack([units.sum() for units in contributions])
+    kept = {*range(whole), int(totals.argmax())}
+    priority = torch.cat([
+        torch.full_like(units, float('inf')) if e in kept else units for e, units in enumerate(contributions)])
+    limit = max(limit, sum(len(contributions[e]) for e in kept))
+    return priority.sort(descending=True, stable=True).indices[:limit].sort().values
+
+
+def select(moments: Moments, count: int, ridge: float, bias: bool = True) -> List[int]:
+    """Choose hidden units greedily, each the one that lowers the ridge objective most (orthogonal matching pursuit).
+
+    With `G`, `B` of `Moments.normal` and `L` the rows of a Cholesky factorisation of `G` whose pivots are the chosen
+    units, `Z = L_S^-1 B_S`: what the chosen ones leave of `B` is `R = B - L^T Z`, of the diagonal of `G`
+    `d = diag G - sum L^2`, and unit `j` lowers the objective by `|R_j|^2 / d_j`. O(C H (H + D)). Among equal gains the
+    lowest index wins.
+
+    Args:
+        moments: Of all candidates.
+        count: `H`.
+        ridge: Relative to the mean of the diagonal.
+        bias: Whether the FFN has a bias behind the hidden units.
+
+    Returns:
+        At most `count` indices in the order of choice. They are fewer where all others are combinations of them.
+    """
+    gram, cross = moments.normal(ridge, bias)
+    diagonal = gram.diagonal().clone()
+    left, threshold = diagonal.clone(), _DEPENDENT * diagonal
+    factor = gram.new_zeros(min(count, len(gram)), len(gram))
+    chosen: List[int] = []
+    for step in range(len(factor)):
+        free = left > threshold
+        free[chosen] = False
+        gain = torch.where(free, cross.square().sum(1) / left, -1.)
+        best = int(gain.argmax())
+        if gain[best] < 0:
+            break
+        chosen.append(best)
+        row = torch.addmv(gram[best], factor[:step].T, factor[:step, best], alpha=-1) / left[best].sqrt()
+        factor[step] = row
+        cross.addr_(row, cross[best] / left[best].sqrt(), alpha=-1)
+        left -= row.square()
+    return chosen
+
+
+def solve(moments: Moments, ridge: float, bias: bool = True) -> Tuple[Tensor, Optional[Tensor]]:
+    """The matrix and the bias behind the hidden units, `(G + l I) W = B`, `b = y - W^T a`, in float64.
+
+    Args:
+        moments: Of the hidden units that are kept.
+        ridge: Relative to the mean of the diagonal.
+        bias: Whether the FFN has a bias behind the hidden units.
+
+    Returns:
+        Down matrix (D, H) and down bias (D,), None without one.
+
+    Raises:
+        ValueError: The units depend on each other and the ridge does not make up for it.
+    """
+    gram, cross = moments.normal(ridge, bias)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if info != 0 or not factor.isfinite().all():
+        raise ValueError(
+            f'the {len(gram)} hidden units depend on each other on {moments.tokens} calibration tokens: give more '
+            f'images, or a ridge > 0.')
+    down = torch.cholesky_solve(cross, factor).T
+    return down, (moments.target - down @ moments.activation) / moments.tokens if bias else None
+
+
+def fit(
+        ffn: nn.Module,
+        inputs: Tensor,
+        targets: Tensor,
+        steps: int,
+        lr: float = 3e-3,
+        batch_size: int = 1024,
+) -> None:
+    """Train an FFN in place to give `targets` (T, D) for `inputs` (T, D): Adam, a cosine from `lr` to 0.
+
+    The loss is `|ffn(x) - y|^2` relative to the mean `|y|^2`. Batches are drawn by a generator of their own: the same
+    tensors give the same result, and no other stream of random numbers moves.
+
+    Args:
+        ffn: A module that maps (t, D) to (t, D).
+        inputs, targets: The tokens.
+        steps: Optimizer steps.
+        lr: Largest learning rate.
+        batch_size: Tokens a step.
+    """
+    generator = torch.Generator().manual_seed(0)
+    scale = targets.float().square().mean().clamp(min=1e-30)
+    optimizer = torch.optim.Adam(ffn.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    with torch.enable_grad():
+        for _ in range(steps):
+            batch = torch.randint(len(inputs), (min(batch_size, len(inputs)),), generator=generator).to(inputs.device)
+            loss = (ffn(inputs[batch]) - targets[batch]).float().square().mean() / scale
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+@torch.no_grad()
+def relative_error(outputs: Tensor, targets: Tensor) -> float:
+    """`sqrt(sum |y' - y|^2 / sum |y|^2)` of outputs `y'` (T, D) for targets `y` (T, D)."""
+    targets = targets.double()
+    return float(((outputs.double() - targets).square().sum() / targets.square().sum().clamp(min=1e-300)).sqrt())

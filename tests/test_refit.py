@@ -1,0 +1,202 @@
+import warnings
+
+import pytest
+import refit_reference as reference
+import torch
+from torch import nn
+
+from ewa import refit
+from ewa.refit import Moments
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def moments_of(activations, targets, chunks=3):
+    moments = Moments(activations.shape[1], targets.shape[1])
+    for part, target in zip(activations.chunk(chunks), targets.chunk(chunks)):
+        moments.add(part, target)
+    return moments
+
+
+def problem(tokens=60, candidates=12, width=4):
+    """Correlated activations of mean far from zero, and targets that they explain in part."""
+    activations = nn.functional.gelu(torch.randn(tokens, 5) @ torch.randn(5, candidates) + torch.randn(candidates))
+    targets = activations @ torch.randn(candidates, width) + torch.randn(tokens, width) + 3
+    return activations.double(), targets.double()
+
+
+def experts_of(num_experts, hidden=6, width=4):
+    """Up matrices and biases, down matrices and biases of `num_experts` plain FFNs, stacked."""
+    return [torch.randn(num_experts, *shape).double() for shape in (
+        (hidden, width), (hidden,), (width, hidden), (width,))]
+
+
+def activations_of(up, up_bias, tokens):
+    return torch.cat([nn.functional.gelu(tokens @ u.T + b) for u, b in zip(up, up_bias)], dim=1)
+
+
+def refitted(activations, targets, count, ridge=0.):
+    """What select and solve make of the candidates: outputs on the same tokens and the chosen ones."""
+    chosen = refit.select(moments_of(activations, targets), count, ridge)
+    down, bias = refit.solve(moments_of(activations[:, chosen], targets), ridge)
+    return activations[:, chosen] @ down.T + bias, chosen
+
+
+def test_moments_do_not_depend_on_the_chunks():
+    activations, targets = problem()
+    for a, b in zip(moments_of(activations, targets, 1).normal(.1), moments_of(activations, targets, 7).normal(.1)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('ridge', [0, 1e-3, .3])
+def test_solution_equals_the_reference(ridge, bias):
+    activations, targets = problem(candidates=8)
+    down, offset = refit.solve(moments_of(activations, targets), ridge, bias)
+    expected = reference.solve(activations, targets, reference.penalty(activations, ridge, bias), bias)
+    torch.testing.assert_close(down, expected[0], rtol=1e-6, atol=1e-8)
+    if bias:
+        torch.testing.assert_close(offset, expected[1], rtol=1e-6, atol=1e-8)
+    else:
+        assert offset is None
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('ridge', [0, 1e-3, .3])
+@pytest.mark.parametrize('number', range(3))
+def test_selection_equals_the_reference(ridge, bias, number):
+    torch.manual_seed(number)
+    activations, targets = problem()
+    chosen = refit.select(moments_of(activations, targets), 7, ridge, bias)
+    assert chosen == reference.select(activations, targets, 7, ridge, bias)
+
+
+def test_greedy_choice_beats_the_largest_activations():
+    activations, targets = problem(tokens=400, candidates=24)
+    outputs, chosen = refitted(activations, targets, 8)
+    largest = activations.square().mean(0).topk(8).indices
+    down, bias = refit.solve(moments_of(activations[:, largest], targets), 0.)
+    assert refit.relative_error(outputs, targets) < refit.relative_error(
+        activations[:, largest] @ down.T + bias, targets)
+
+
+@pytest.mark.parametrize('permuted', [False, True])
+def test_equal_experts_give_their_output_whatever_the_gates(permuted):
+    up, up_bias, down, down_bias = [t.expand(4, *t.shape[1:]).clone() for t in experts_of(1)]
+    tokens, gates = torch.randn(200, 4).double(), torch.rand(200, 4).double()
+    gates /= gates.sum(1, keepdim=True)
+    if permuted:
+        for e in range(4):
+            order = torch.randperm(6)
+            up[e], up_bias[e], down[e] = up[e][order], up_bias[e][order], down[e][:, order]
+    activations = activations_of(up, up_bias, tokens)
+    single = activations.view(200, 4, 6)
+    targets = sum(gates[:, e, None] * (single[:, e] @ down[e].T + down_bias[e]) for e in range(4))
+    outputs, chosen = refitted(activations, targets, 6)
+    torch.testing.assert_close(outputs, targets, rtol=1e-9, atol=1e-9)
+    assert len(chosen) == 6
+
+
+def test_a_copy_of_a_chosen_unit_is_never_chosen():
+    activations, targets = problem(candidates=6)
+    twice = torch.cat([activations, activations], dim=1)
+    chosen = refit.select(moments_of(twice, targets), 12, 0.)
+    assert sorted(unit % 6 for unit in chosen) == list(range(6))
+
+
+def test_shared_and_fine_grained_experts_with_constant_gates_give_their_sum():
+    up, up_bias, down, down_bias = experts_of(3, hidden=4)
+    tokens = torch.randn(150, 4).double()
+    activations = activations_of(up, up_bias, tokens)
+    parts = activations.view(150, 3, 4)
+    scales = (1., .7, .3)  # shared, routed, routed
+    targets = sum(s * (parts[:, e] @ down[e].T + down_bias[e]) for e, s in enumerate(scales))
+    outputs, _ = refitted(activations, targets, 12)
+    torch.testing.assert_close(outputs, targets, rtol=1e-9, atol=1e-9)
+
+
+def test_units_that_never_move_are_not_chosen_without_a_ridge():
+    activations, targets = problem(candidates=6)
+    activations[:, 2] = 5.  # the bias says that already
+    assert 2 not in refit.select(moments_of(activations, targets), 6, 0.)
+
+
+def test_same_tokens_same_bits():
+    activations, targets = problem()
+    first, second = [refit.solve(moments_of(activations, targets), 1e-3) for _ in range(2)]
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def test_a_ridge_shrinks_the_matrix_and_not_the_bias():
+    activations, targets = problem()
+    down, bias = refit.solve(moments_of(activations, targets), 1e9)
+    assert down.abs().max() < 1e-6
+    torch.testing.assert_close(bias, targets.double().mean(0))
+
+
+def test_dependent_units_are_refused_without_a_ridge():
+    activations, targets = problem(candidates=4)
+    moments = moments_of(torch.cat([activations, activations], dim=1), targets)
+    with pytest.raises(ValueError, match='8 hidden units depend on each other on 60 calibration tokens'):
+        refit.solve(moments, 0.)
+    assert refit.solve(moments, 1e-6)[0].isfinite().all()
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_values_that_are_not_finite_are_refused(bad):
+    activations, targets = problem()
+    activations[3, 4] = bad
+    with pytest.raises(ValueError, match='calibration images give activations that are not finite'):
+        moments_of(activations, targets)
+
+
+def test_number_of_tokens():
+    with pytest.raises(ValueError, match='24 calibration tokens do not determine 25 unknowns'):
+        refit.check_tokens(24, 24, 0.)
+    with pytest.raises(ValueError, match='ridge must be finite'):
+        refit.check_tokens(1000, 24, -1.)
+    with pytest.warns(UserWarning, match='249 calibration tokens for 25 unknowns an output: with fewer than 250'):
+        refit.check_tokens(249, 24, 1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        refit.check_tokens(250, 24, 0.)
+
+
+class TestPreselect:
+    def test_keeps_shared_experts_and_the_one_that_contributes_most_whole(self):
+        contributions = [torch.tensor(units) for units in ([.1, .1], [5., 0.], [4., 2.], [3., .2])]
+        assert refit.preselect(contributions, 5, whole=1).tolist() == [0, 1, 2, 4, 5]
+        assert refit.preselect(contributions, 7, whole=1).tolist() == [0, 1, 2, 4, 5, 6, 7]
+
+    def test_keeps_complete_experts_beyond_the_limit(self):
+        contributions = [torch.tensor([.1, .1]), torch.tensor([5., 0.])]
+        assert refit.preselect(contributions, 1, whole=1).tolist() == [0, 1, 2, 3]
+
+    def test_an_expert_without_tokens_comes_last(self):
+        contributions = [torch.tensor(units) for units in ([0., 0.], [3., .1], [2., .1])]
+        assert refit.preselect(contributions, 4).tolist() == [2, 3, 4, 5]
+        assert refit.preselect(contributions, 5).tolist() == [0, 2, 3, 4, 5]
+
+
+def test_fit_finds_the_ffn_behind_the_tokens_and_moves_no_other_random_numbers():
+    def ffn():
+        return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+
+    teacher, students = ffn(), [ffn() for _ in range(2)]
+    students[1].load_state_dict(students[0].state_dict())
+    tokens = torch.randn(500, 4)
+    targets = teacher(tokens).detach()
+    before = refit.relative_error(students[0](tokens), targets)
+    state = torch.get_rng_state()
+    for student in students:
+        refit.fit(student, tokens, targets, steps=400, lr=1e-2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert refit.relative_error(students[0](tokens), targets) < .2 * before
+    assert all(torch.equal(a, b) for a, b in zip(students[0].parameters(), students[1].parameters()))
+
+
+def test_relative_error_by_hand():
+    assert refit.relative_error(torch.tensor([[3., 0.]]), torch.tensor([[3., 4.]])) == pytest.approx(.8)
