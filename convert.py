@@ -17,13 +17,12 @@ from timm.models import load_state_dict
 import ewa
 from ewa.checkpoint import load_ema, read_state
 from ewa.data import calibration_batches, class_names, eval_loader, open_dataset
-from ewa.dense import METHODS, NEEDS_DATA
 from ewa.diagnostics import advise, write_report
 from ewa.exporting import require_onnx
-from ewa.moe import moe_layers
+from ewa.gathering import METHODS
+from ewa.moe import is_gated, moe_layers
 from ewa.options import convert_parser
 from ewa.stacked import unstack
-from ewa.usage import is_gated
 from ewa.vision_transformer import has_experts
 
 
@@ -96,7 +95,7 @@ def logits_of(model, batches, device):
 def method_options(method, args):
     """The options among the flags that a method takes."""
     given = dict(rescale=args.rescale or None, score=args.score)
-    return {name: value for name, value in given.items() if value is not None and name in METHODS[method]}
+    return {name: value for name, value in given.items() if value is not None and name in [option.name for option in METHODS[method].options]}
 
 
 def main(argv=None):
@@ -140,7 +139,7 @@ def main(argv=None):
                 calibration = calibration_batches(training, args, data_config)
         model = model.to(device)
         methods = [args.method] if args.method != 'all' else [
-            method for method in METHODS if gated or method not in NEEDS_DATA]
+            method.name for method in METHODS.values() if gated or not method.needs_data]
         dense = {
             method: ewa.to_dense(model, method, calibration, k=args.k, **method_options(method, args))
             for method in methods

@@ -39,7 +39,7 @@ from ewa.data import SeededDataset, check_classes, class_names, eval_loader, ope
 from ewa.diagnostics import diagnose, similarity_figure, usage_figure
 from ewa.distillation import TeacherView, benefit_kept, distillation_task, forward_flops, load_teacher
 from ewa.exporting import write_folder
-from ewa.moe import moe_layers
+from ewa.moe import is_random, moe_layers
 from ewa.options import build_model, train_parser
 
 
@@ -147,13 +147,12 @@ def main(argv=None):
         averager = None
         if any(moe_layers(model)):
             if args.share_rate is None:
-                args.share_rate = 1e-3 if any(hasattr(layer, 'fuse') for _, layer in moe_layers(model)) else 0.
-            pulls_per_epoch = updates_per_epoch / args.share_every
+                args.share_rate = 1e-3 if any(is_random(layer) for _, layer in moe_layers(model)) else 0.
             averager = ewa.ExpertAverager(
                 model, args.share_rate, args.share_schedule, every=args.share_every,
-                total_steps=max(1, round(pulls_per_epoch * (
+                total_steps=max(1, round(updates_per_epoch * (
                     epochs if args.share_warmup_epochs is None else args.share_warmup_epochs))),
-                stop_after=None if args.share_stop_epoch is None else round(args.share_stop_epoch * pulls_per_epoch))
+                stop_after=None if args.share_stop_epoch is None else round(args.share_stop_epoch * updates_per_epoch))
             averager.attach(optimizer)
         elif args.share_rate:
             raise ValueError(f'--share-rate {args.share_rate}: {args.model} has no experts; give --num-experts N.')

@@ -8,29 +8,16 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence
 
 import numpy as np
 import torch
-from timm.models import create_model, is_model
 from timm.utils import unwrap_model
 from torch import nn
 
 from . import gathering
-from .ffn import build_ffn, find_ffns, is_ffn, read_ffn
-from .gathering import FFNWeights
-from .moe import fuse_experts, moe_layers
-from .upcycle import _pieces, block_of, describe_dense, plain_forward
-from .usage import LayerUsage, is_gated, measure_usage, renormalises
-
-# method -> the options it takes beside k
-METHODS: Dict[str, Sequence[str]] = {
-    'average': (),
-    'sum': ('rescale',),
-    'top_kg': ('rescale',),
-    'svd_kg': ('rescale',),
-    'usage': (),
-    'aligned': ('reference',),
-    'prune': ('score',),
-    'do_acp': ('lam',),
-}
-NEEDS_DATA = ('usage', 'prune', 'do_acp')
+from .calibration import measure_statistics
+from .ffn import build_ffn, is_ffn, read_ffn
+from .gathering import METHODS, ExpertStatistics, FFNWeights, Method
+from .identity import describe_dense, describe_width, plain_forward
+from .moe import MoELayer, fuse_experts, is_gated, kind, layer_pieces, moe_layers, renormalises, shared_experts
+from .upcycle import ARGUMENTS
 
 
 def to_dense(
@@ -70,109 +57,105 @@ def to_dense(
     model = unwrap_model(model)
     if method not in METHODS:
         raise ValueError(f'method must be one of {", ".join(METHODS)}, got {method!r}.')
-    unknown = [name for name in options if name not in METHODS[method]]
+    how = METHODS[method]
+    known = [option.name for option in how.options]
+    unknown = [name for name in options if name not in known]
     if unknown:
-        raise ValueError(f'{method} has no option {unknown[0]!r}; it has: {", ".join((*METHODS[method], "k"))}.')
+        raise ValueError(f'{method} has no option {unknown[0]!r}; it has: {", ".join((*known, "k"))}.')
     layers = dict(moe_layers(model))
     if not layers:
         raise ValueError(f'{type(model).__name__} has no MoE layer: it is dense already.')
+    for name, layer in layers.items():
+        if kind(layer) == 'unknown':
+            raise ValueError(
+                f'{name} is a {type(layer).__name__} with experts but no router, so what it computes is not known: give '
+                f'it an attribute router or a method route(tokens), see ewa.moe.MoELayer.')
     gated = {name: layer for name, layer in layers.items() if is_gated(layer)}
-    if len(gated) < len(layers) and method not in ('average', 'aligned', 'sum', 'top_kg', 'svd_kg'):
+    if len(gated) < len(layers) and how.needs_data:
         raise ValueError(
             f'{method} chooses experts by how they are used, and a random partition uses all alike: use average.')
     for name, layer in layers.items():
         _check_finite(name, layer)
-    needs_data = method in NEEDS_DATA or any(
-        not renormalises(layer) and (k or getattr(layer, 'shared', None) or _cut(layer) > 1)
+    needs_data = how.needs_data or any(
+        not renormalises(layer) and (k or shared_experts(layer) or layer_pieces(layer) > 1)
         for layer in gated.values())
     if needs_data and batches is None:
         raise ValueError(f'{method} needs calibration images for this model: give batches (convert.py: --data-dir).')
-    usage = measure_usage(model, batches) if needs_data else {}
+    statistics = measure_statistics(model, batches) if needs_data else {}
 
     ffns = {}
     for name, layer in layers.items():
         try:
-            ffns[name] = _gather(layer, method, usage.get(name), k, options)
+            ffns[name] = gather_layer(layer, how, statistics.get(name), k, options)
         except ValueError as e:
             raise ValueError(f'{name}: {e}') from e
     # with the FFNs in the memo, deepcopy takes them where it would copy a layer
     dense = deepcopy(model, {id(layer): ffns[name] for name, layer in layers.items()})
     plain_forward(dense)
-    describe_dense(dense)
-    _describe_width(dense, layers)
+    describe_dense(dense, ARGUMENTS)
+    describe_width(dense, layers)
     first = next(iter(layers.values()))
     dense.conversion = dict(
         method=method, **options, num_experts=len(first.experts), layers=list(layers),
         router='topk' if gated else 'random')
     if k is not None:
         dense.conversion['k'] = k
-    if usage:
-        dense.conversion['calibration_tokens'] = max(entry.tokens for entry in usage.values())
+    if statistics:
+        dense.conversion['calibration_tokens'] = max(entry.tokens for entry in statistics.values())
     return dense
 
 
-def _gather(
-        layer: nn.Module,
-        method: str,
-        usage: Optional[LayerUsage],
-        k: Optional[int],
-        options: Dict[str, Any],
+def gather_layer(
+        layer: MoELayer,
+        method: Method,
+        statistics: Optional[ExpertStatistics] = None,
+        k: Optional[int] = None,
+        options: Optional[Dict[str, Any]] = None,
 ) -> nn.Module:
-    shared = list(getattr(layer, 'shared', None) or [])
-    pieces = _cut(layer)
-    single = pieces == 1 and not shared and k is None
-    if single and method == 'average':
+    """The FFN that a method makes of a MoE layer, a new module; the arguments are those of `to_dense`.
+
+    Raises:
+        ValueError: Experts that the method can't read or gather, `k` out of its range.
+    """
+    options = options or {}
+    shared = shared_experts(layer)
+    cut = layer_pieces(layer)
+    single = cut == 1 and not shared and k is None
+    if single and method.name == 'average':
         return fuse_experts(layer.experts)
     if not all(is_ffn(expert) for expert in [*layer.experts, *shared]):
-        raise ValueError(f'{method} can\'t read experts of type {type(layer.experts[0]).__name__}; use average.')
+        raise ValueError(f'{method.name} can\'t read experts of type {type(layer.experts[0]).__name__}; use average.')
     experts = [read_ffn(expert) for expert in layer.experts]
     template = layer.experts[0]
-    if single and method == 'prune':
-        return build_ffn(template, gathering.prune(experts, _scores(usage, options)))
-    if single and method != 'do_acp':
-        return build_ffn(template, _merge(experts, method, usage and usage.counts, options))
+
+    def merged(group: List[int]) -> FFNWeights:
+        members = [experts[i] for i in group]
+        if method.needs_data:
+            return method.function(members, statistics.counts[group], **options)
+        return method.function(members, **options)
+
+    if single and method.kind == 'merge':
+        return build_ffn(template, merged(list(range(len(experts)))))
+    if single and method.name == 'prune':
+        return build_ffn(template, experts[method.function(statistics, 1, **options)[0]])
 
     if k is None:
-        k = pieces - len(shared)
+        k = cut - len(shared)
     if not 1 <= k <= len(experts):
         raise ValueError(
-            f'{k} routed experts can\'t be kept of {len(experts)}, beside {len(shared)} shared ones at 1/{pieces} of '
+            f'{k} routed experts can\'t be kept of {len(experts)}, beside {len(shared)} shared ones at 1/{cut} of '
             f'the hidden width: give k between 1 and {len(experts)} (where all blocks have MoE layers).')
-    mass = 1. if renormalises(layer) else usage.mass
-    if method == 'prune':
-        groups = [[i] for i in gathering.select(_scores(usage, options), k)]
-    elif method == 'do_acp':
-        acp = gathering.average_contribution(usage.probability, usage.second_moment)
-        groups = [[i] for i in gathering.do_acp_select(acp, usage.second_moment, k, **options)]
+    mass = 1. if renormalises(layer) else statistics.mass
+    if method.kind == 'select':
+        parts = [experts[i] for i in method.function(statistics, k, **options)]
+        scales = [mass / k] * k
     else:
         groups = group_similar(experts, k)
-    if method in ('prune', 'do_acp'):
-        scales = [mass / k] * k
-        parts = [experts[i] for i, in groups]
-    else:
-        counts = usage.counts if method == 'usage' else torch.ones(len(experts))
+        counts = statistics.counts if method.needs_data else torch.ones(len(experts))
         share = counts / counts.sum()
         scales = [mass * float(share[group].sum()) for group in groups]
-        parts = [
-            _merge([experts[i] for i in group], method, usage and usage.counts[group], options) for group in groups]
+        parts = [merged(group) for group in groups]
     return build_ffn(template, gathering.combine(parts, scales, [read_ffn(expert) for expert in shared]))
-
-
-def _merge(experts: List[FFNWeights], method: str, counts, options: Dict[str, Any]) -> FFNWeights:
-    if method == 'usage':
-        # a group that no calibration token was sent to has no usage to weigh by, and no share in the output
-        return gathering.usage(experts, counts) if counts.sum() > 0 else gathering.average(experts)
-    functions = dict(
-        average=gathering.average, sum=gathering.total, top_kg=gathering.top_kg, svd_kg=gathering.svd_kg,
-        aligned=gathering.aligned)
-    return functions[method](experts, **options)
-
-
-def _scores(usage: LayerUsage, options: Dict[str, Any]):
-    score = options.get('score', 'usage')
-    if score not in ('usage', 'norm'):
-        raise ValueError(f"score must be 'usage' or 'norm', got {score!r}.")
-    return usage.counts if score == 'usage' else usage.contribution
 
 
 def group_similar(experts: Sequence[FFNWeights], k: int) -> List[List[int]]:
@@ -203,47 +186,7 @@ def group_similar(experts: Sequence[FFNWeights], k: int) -> List[List[int]]:
     return sorted(groups, key=lambda group: group[0])
 
 
-def _cut(layer: nn.Module) -> int:
-    """How many experts of a layer are as wide as the dense FFN."""
-    return _pieces(getattr(layer, 'expert_ratio', 1.0))
-
-
-def _check_finite(name: str, layer: nn.Module) -> None:
+def _check_finite(name: str, layer: MoELayer) -> None:
     for key, parameter in layer.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise ValueError(f'{name}: {key} is not finite; take a checkpoint from before it diverged.')
-
-
-def _describe_width(dense: nn.Module, layers: Dict[str, nn.Module]) -> None:
-    """Where the hidden width of a timm model is not the vanilla one, make the model say so by `mlp_ratio`."""
-    architecture = (getattr(dense, 'pretrained_cfg', None) or {}).get('architecture')
-    changed = [
-        name for name, layer in layers.items() if is_ffn(layer.experts[0]) and any(
-            dense.get_submodule(name).fc2.in_features != _cut(layer) * expert.fc2.in_features
-            for expert in layer.experts)]
-    if not changed or not architecture or not is_model(architecture):
-        return
-    ratios = {
-        name: ffn.fc2.in_features / ffn.fc2.out_features for name, ffn in find_ffns(dense).items()
-        if block_of(name) or name in changed}
-    ratio = ratios[changed[0]]
-    other = next((name for name in ratios if ratios[name] != ratio), None)
-    if other is not None:
-        raise ValueError(
-            f'{changed[0]} would get another hidden width than {other}, and no timm architecture has FFNs of two '
-            'widths. Convert a model with layers="all", or leave k out to keep the vanilla width (if the shared '
-            'experts alone do not fill it).')
-    shapes = {key: value.shape for key, value in dense.state_dict().items()}
-    for factor in (1, 2):  # where a GLU packs its two input matrices, some hosts count both in mlp_ratio
-        args = dict(getattr(dense, '_model_args', {}), mlp_ratio=factor * ratio)
-        try:
-            with torch.device('meta'):
-                vanilla = create_model(architecture, **args)
-        except (TypeError, ValueError, AssertionError):
-            continue
-        if {key: value.shape for key, value in vanilla.state_dict().items()} == shapes:
-            dense._model_args = args
-            return
-    raise ValueError(
-        f'{changed[0]} would have {dense.get_submodule(changed[0]).fc2.in_features} hidden units, and {architecture} '
-        f'has no mlp_ratio for that. Leave k out to keep the vanilla width.')

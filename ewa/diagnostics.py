@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from . import gathering
+from .calibration import measure_statistics
 from .ffn import is_ffn, read_ffn
-from .moe import are_alike, mean_state, moe_layers
-from .usage import is_gated, measure_usage
+from .moe import MoELayer, are_alike, is_gated, kind, mean_state, moe_layers
 
 ORTHOGONAL = 0.1  # mean pairwise cosine under which experts are called nearly orthogonal
+ROUTER_NAMES = {'random': 'random', 'gated': 'topk', 'unknown': 'unknown'}
 
 
 @torch.no_grad()
@@ -49,7 +50,7 @@ def _mean_pairwise(matrix: Tensor) -> float:
     return float((matrix.sum() - matrix.diagonal().sum()) / (count * (count - 1)))
 
 
-def cosines(layer: nn.Module, align: bool = False) -> Tensor:
+def cosines(layer: MoELayer, align: bool = False) -> Tensor:
     """Pairwise cosine of the experts' weights, `(E, E)`.
 
     Args:
@@ -72,7 +73,7 @@ def diagnose(model: nn.Module, batches: Optional[Iterable] = None, align: bool =
         align: Also align the experts (one linear assignment an expert: seconds for wide layers).
 
     Returns:
-        Records with `layer`, `router` (`'random'` or `'topk'`), `num_experts`, `distance` (to the mean, see
+        Records with `layer`, `router` (`'random'`, `'topk'` for all gated layers, `'unknown'`), `num_experts`, `distance` (to the mean, see
         `distances_to_mean`), `cosine` and `cosine_aligned` (mean over pairs), `similarity` (`(E, E)` raw cosines).
         With `batches`, gated layers also have `tokens`, `usage` (share of assignments of each expert), `entropy` (of
         usage, 1 when uniform), `dead` (experts that no token was sent to), and `change`: the relative change
@@ -81,12 +82,12 @@ def diagnose(model: nn.Module, batches: Optional[Iterable] = None, align: bool =
         cosine: records of their layers lack these.
     """
     gated = any(is_gated(layer) for _, layer in moe_layers(model))
-    usage = measure_usage(model, batches) if batches is not None and gated else {}
+    statistics = measure_statistics(model, batches) if batches is not None and gated else {}
     distances = distances_to_mean(model)
     records = []
     for name, layer in moe_layers(model):
         record: Dict[str, Any] = dict(
-            layer=name, router='topk' if is_gated(layer) else 'random', num_experts=len(layer.experts))
+            layer=name, router=ROUTER_NAMES[kind(layer)], num_experts=len(layer.experts))
         if name in distances:
             record['distance'] = distances[name]
         if name in distances and all(is_ffn(expert) for expert in layer.experts):
@@ -94,16 +95,16 @@ def diagnose(model: nn.Module, batches: Optional[Iterable] = None, align: bool =
             record.update(cosine=_mean_pairwise(similarity), similarity=similarity.tolist())
             if align:
                 record['cosine_aligned'] = _mean_pairwise(cosines(layer, align=True))
-        if not is_gated(layer):
+        if kind(layer) == 'random':
             record['change'] = 0.
-        elif name in usage:
-            share = usage[name].counts / usage[name].counts.sum()
+        elif name in statistics:
+            share = statistics[name].counts / statistics[name].counts.sum()
             entropy = -(share * share.clamp(min=1e-30).log()).sum() / torch.tensor(float(len(share))).log()
             record.update(
-                tokens=usage[name].tokens, usage=share.tolist(), entropy=float(entropy),
-                dead=[i for i, count in enumerate(usage[name].counts) if count == 0])
+                tokens=statistics[name].tokens, usage=share.tolist(), entropy=float(entropy),
+                dead=[i for i, count in enumerate(statistics[name].counts) if count == 0])
             if name in distances:
-                record['change'] = usage[name].change
+                record['change'] = statistics[name].change
         records.append(record)
     return records
 

@@ -4,9 +4,8 @@ import os
 import shutil
 import tempfile
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence, Union
+from typing import Any, Dict, Optional, Sequence, Union
 
 import safetensors.torch
 import timm
@@ -14,8 +13,8 @@ import torch
 from timm.models import get_model_input_config, save_for_hf
 from torch import Tensor, nn
 
-from .moe import moe_layers
-from .upcycle import WEIGHT_CFG, plain_forward
+from .identity import WEIGHT_CFG, plain_forward
+from .moe import evaluating, moe_layers
 
 PathLike = Union[str, os.PathLike]
 # what belongs to the model in a folder (the third is of timm's own writer)
@@ -139,7 +138,7 @@ def _verify(model: nn.Module, directory: Path) -> None:
     if list(written) != list(read) or not all(torch.equal(written[key], read[key]) for key in written):
         raise RuntimeError('The exported folder does not load to the weights that were written.')
     image = _image(model).to(reference)
-    with _evaluating(model):
+    with evaluating(model):
         if not torch.equal(model(image), loaded(image)):
             raise RuntimeError('The exported folder does not compute the outputs of the model that was written.')
 
@@ -148,17 +147,6 @@ def _image(model: nn.Module) -> Tensor:
     # a generator of its own: an export in the middle of a training run must not change what the run draws
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, *get_model_input_config(model)['input_size'], generator=generator)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def require_onnx() -> None:

@@ -1,4 +1,4 @@
-"""The FFNs of a host: which modules they are, and their weights with the hidden units as an axis.
+"""The FFNs of a host: which modules they are, in which blocks, and their weights by hidden units.
 
 Axis legend: `G` 1 for a plain FFN or 2 for a GLU (its two input matrices), `H` hidden width, `D` width.
 
@@ -7,8 +7,9 @@ Known are timm's `Mlp`, `GluMlp` (`SwiGLUPacked`), `SwiGLU` and everything built
 FFN that mixes tokens (depth-wise convolution, spatial gate, global response norm) has more and is left alone; so are
 the two-layer perceptrons of classifiers and relative position biases, whose output has another width.
 """
+import re
 from copy import deepcopy
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
@@ -97,3 +98,61 @@ def build_ffn(template: nn.Module, weights: FFNWeights) -> nn.Module:
             for parameter, value in zip(ffn.norm.parameters(), weights.norm):
                 parameter.copy_(value)
     return ffn
+
+
+def block_of(name: str) -> str:
+    """The transformer block an FFN belongs to: `layers.0.blocks.1.mlp` -> `layers.0.blocks.1`, `blocks.0.2.mlp`
+    (Twins, which nests lists) -> `blocks.0.2`."""
+    match = re.match(r'(.*\bblocks(?:\.\d+)+)(\.|$)', name)
+    return match.group(1) if match else ''
+
+
+def select_ffns(model: nn.Module, layers: Union[str, Sequence[int]]) -> List[str]:
+    """Names of the FFNs that `layers` chooses.
+
+    Args:
+        model: A model with dense FFNs.
+        layers: `'every:K'` (blocks K-1, 2K-1, ... counted from 0), `'last:K'`, `'all'`, a list of block indices, or a
+            regular expression that is searched for in the names of FFNs.
+
+    Raises:
+        ValueError: No FFN at all, an index out of range, a pattern that matches nothing, an unknown form.
+    """
+    names = list(find_ffns(model))
+    if not names:
+        raise ValueError(
+            f'{type(model).__name__} has no FFN to convert (linear layers fc1 and fc2 and no other parameters).')
+    blocks = list(dict.fromkeys(block_of(name) for name in names if block_of(name)))
+    if isinstance(layers, str) and not re.fullmatch(r'all|(every|last):.*', layers):
+        try:
+            chosen = [name for name in names if layers and re.search(layers, name)]
+        except re.error as e:
+            raise ValueError(
+                f'layers={layers!r} is neither every:K, last:K, all nor a regular expression ({e}).') from e
+        if not chosen:
+            raise ValueError(f'layers={layers!r} matches no FFN. There are: {", ".join(names)}.')
+        return chosen
+
+    if not blocks:
+        raise ValueError(
+            f'{type(model).__name__} has FFNs but no numbered blocks, so layers={layers!r} can\'t count them; give a '
+            f'regular expression. There are: {", ".join(names)}.')
+    if isinstance(layers, str):
+        kind, _, count = layers.partition(':')
+        if kind != 'all' and not (count.isdigit() and 1 <= int(count) <= len(blocks)):
+            raise ValueError(f'layers={layers!r}: K must be between 1 and the number of blocks {len(blocks)}.')
+        if kind == 'every':
+            indices = range(int(count) - 1, len(blocks), int(count))
+        else:
+            indices = range(len(blocks) - int(count) if kind == 'last' else 0, len(blocks))
+    else:
+        if not isinstance(layers, Sequence):
+            raise ValueError(f'layers={layers!r} is neither every:K, last:K, all, a list of indices nor a pattern.')
+        indices = list(layers)
+        bad = [i for i in indices if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < len(blocks)]
+        if bad or not indices:
+            raise ValueError(
+                f'layers={indices}: {bad[0] if bad else "an empty list"} is not a block index between 0 and '
+                f'{len(blocks) - 1}.')
+    chosen = {blocks[i] for i in indices}
+    return [name for name in names if block_of(name) in chosen]

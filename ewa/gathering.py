@@ -3,23 +3,17 @@
 Axis legend: `E` experts, `H` hidden units, `D` width, `G` up matrices (1 plain FFN, 2 GLU: gate and value), `K`
 parameters of a norm over the hidden units (weight, bias).
 
-Pure tensor functions, one a method, from a sequence of `FFNWeights` to one `FFNWeights`; nothing is changed in place.
-Half precision is computed in float32 and cast back at the end.
+Pure tensor functions, from a sequence of `FFNWeights` to one `FFNWeights`; nothing is changed in place. Half precision
+is computed in float32 and cast back at the end. `METHODS` has one record a method, the only list of them.
 
 Sources: OneS (https://arxiv.org/abs/2201.10890) for sum, average, Top-KG and SVD-KG; DO-ACP
 (https://arxiv.org/abs/2605.28207) for the scoring and the selection of experts.
 """
 from dataclasses import dataclass, fields
-from typing import Callable, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
-
-__all__ = [
-    'FFNWeights', 'take', 'concatenate', 'average', 'total', 'top_kg', 'svd_kg', 'usage', 'align', 'aligned', 'select',
-    'prune', 'average_contribution', 'do_acp_select', 'combine',
-]
-
 
 @dataclass(frozen=True, eq=False)
 class FFNWeights:
@@ -74,7 +68,7 @@ class FFNWeights:
 def take(weights: FFNWeights, index: Union[Tensor, Sequence[int]]) -> FFNWeights:
     """Pick hidden units by index, in the order of `index` (n,); the down bias stays: H -> n hidden units."""
     index = torch.as_tensor(index, dtype=torch.long, device=weights.up.device)
-    return _gather([weights], lambda name, t: t[0] if name == 'down_bias' else t[0].index_select(1, index))
+    return _map_fields([weights], lambda name, t: t[0] if name == 'down_bias' else t[0].index_select(1, index))
 
 
 def concatenate(parts: Sequence[FFNWeights]) -> FFNWeights:
@@ -90,7 +84,7 @@ def concatenate(parts: Sequence[FFNWeights]) -> FFNWeights:
         raise ValueError(
             f'{len(parts)} FFNs with a norm over the hidden units cannot be put side by side: the norm would run over '
             f'all of their units. Use average, or keep one expert with prune.')
-    result = _gather(wide, lambda name, ts: sum(ts) if name == 'down_bias' else torch.cat(ts, dim=1))
+    result = _map_fields(wide, lambda name, ts: sum(ts) if name == 'down_bias' else torch.cat(ts, dim=1))
     return _like(result, parts[0])
 
 
@@ -136,7 +130,7 @@ def total(experts: Sequence[FFNWeights], rescale: bool = False) -> FFNWeights:
         ValueError: When the experts do not fit each other.
     """
     wide = _check(experts)
-    result = _gather(wide, lambda name, ts: mean(ts) if name == 'norm' else sum(ts))
+    result = _map_fields(wide, lambda name, ts: mean(ts) if name == 'norm' else sum(ts))
     if rescale:
         result = _rescale(result, wide, ('up', 'up_bias', 'down', 'down_bias'))
     return _like(result, experts[0])
@@ -159,7 +153,7 @@ def top_kg(experts: Sequence[FFNWeights], rescale: bool = False) -> FFNWeights:
     wide = _check(experts)
     shares = _shares(wide[0].hidden, len(wide))
     parts = [take(expert, _largest(expert.units().norm(dim=1), n)) for expert, n in zip(wide, shares)]
-    result = _gather(parts, lambda name, ts: mean(ts) if name == 'down_bias' else torch.cat(ts, dim=1))
+    result = _map_fields(parts, lambda name, ts: mean(ts) if name == 'down_bias' else torch.cat(ts, dim=1))
     if rescale:
         result = _rescale(result, wide, ('up', 'up_bias', 'down'))
     return _like(result, experts[0])
@@ -188,7 +182,7 @@ def svd_kg(experts: Sequence[FFNWeights], rescale: bool = False) -> FFNWeights:
             result = result + (u[..., :n] * s[..., None, :n]) @ vh[..., :n, :]
         return result
 
-    result = _gather(wide, lambda name, ts: truncated_sum(ts) if name in ('up', 'down') else mean(ts))
+    result = _map_fields(wide, lambda name, ts: truncated_sum(ts) if name in ('up', 'down') else mean(ts))
     if rescale:
         result = _rescale(result, wide, ('up', 'down'))
     return _like(result, experts[0])
@@ -337,7 +331,7 @@ def combine(
     wide = _check(parts, equal_hidden=False)
     scales = [1.] * len(shared) + _vector('scales', scales, len(routed)).tolist()
     scaled = [
-        _gather([part], lambda name, t: t[0] * scale if name in ('down', 'down_bias') else t[0])
+        _map_fields([part], lambda name, t: t[0] * scale if name in ('down', 'down_bias') else t[0])
         for part, scale in zip(wide, scales)
     ]
     return _like(concatenate(scaled), parts[0])
@@ -346,7 +340,7 @@ def combine(
 _FIELDS = tuple(field.name for field in fields(FFNWeights))
 
 
-def _gather(experts: Sequence[FFNWeights], function: Callable[[str, List[Tensor]], Tensor]) -> FFNWeights:
+def _map_fields(experts: Sequence[FFNWeights], function: Callable[[str, List[Tensor]], Tensor]) -> FFNWeights:
     """Apply `function(name, tensors)` to each field the experts have."""
     return FFNWeights(**{
         name: function(name, [getattr(expert, name) for expert in experts])
@@ -363,7 +357,7 @@ def _check(experts: Sequence[FFNWeights], equal_hidden: bool = True) -> List[FFN
             tensor, first = getattr(expert, name), getattr(experts[0], name)
             if _layout(name, tensor) != _layout(name, first):
                 raise ValueError(
-                    f'{name} of expert {e} is {_describe(tensor)}, of expert 0 {_describe(first)}; experts must agree '
+                    f'{name} of expert {e} is {_shape_text(tensor)}, of expert 0 {_shape_text(first)}; experts must agree '
                     f'in width, number of up matrices, biases, norm and dtype: gather each MoE layer by itself.')
             if tensor is not None and not tensor.isfinite().all():
                 raise ValueError(
@@ -373,14 +367,14 @@ def _check(experts: Sequence[FFNWeights], equal_hidden: bool = True) -> List[FFN
         raise ValueError(
             f'Experts must have equal hidden widths here, got {hidden}; prune and do_acp take unequal ones.')
     return [
-        _gather([expert], lambda name, t: t[0].to(torch.promote_types(t[0].dtype, torch.float32)))
+        _map_fields([expert], lambda name, t: t[0].to(torch.promote_types(t[0].dtype, torch.float32)))
         for expert in experts
     ]
 
 
 def _like(result: FFNWeights, expert: FFNWeights) -> FFNWeights:
     """Cast each field of `result` to the dtype it has in `expert`."""
-    return _gather([result, expert], lambda name, t: t[0].to(t[1].dtype))
+    return _map_fields([result, expert], lambda name, t: t[0].to(t[1].dtype))
 
 
 def _layout(name: str, tensor: Optional[Tensor]) -> Optional[tuple]:
@@ -390,7 +384,7 @@ def _layout(name: str, tensor: Optional[Tensor]) -> Optional[tuple]:
     return tensor.dtype, *(size for axis, size in enumerate(tensor.shape) if axis != 1 or name == 'down_bias')
 
 
-def _describe(tensor: Optional[Tensor]) -> str:
+def _shape_text(tensor: Optional[Tensor]) -> str:
     return 'absent' if tensor is None else f'{tuple(tensor.shape)} {tensor.dtype}'
 
 
@@ -429,7 +423,7 @@ def _average(experts: Sequence[FFNWeights], weights, name: str) -> FFNWeights:
         # mean() starts from the first: one of weight 0 would leave its rounding errors behind
         wide = [expert for expert, weight in zip(wide, weights) if weight > 0]
         weights = (weights[weights > 0] / weights.sum()).tolist()
-    return _like(_gather(wide, lambda name, ts: mean(ts, weights)), experts[0])
+    return _like(_map_fields(wide, lambda name, ts: mean(ts, weights)), experts[0])
 
 
 def mean(tensors: Sequence[Tensor], weights: Optional[Sequence[float]] = None) -> Tensor:
@@ -462,4 +456,106 @@ def _rescale(result: FFNWeights, experts: Sequence[FFNWeights], names: Sequence[
         norm, *norms = [torch.linalg.vector_norm(t, dim=axes[name], keepdim=True) for t in tensors]
         return tensors[0] * torch.where(norm > 0, sum(norms) / len(norms) / norm, 1.)
 
-    return _gather([result, *experts], rescaled)
+    return _map_fields([result, *experts], rescaled)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertStatistics:
+    """What a calibration set says about the experts of one gated layer (measured by `ewa.calibration`).
+
+    Args:
+        tokens: Number of tokens, `T`.
+        counts: Tokens sent to each expert, (E,).
+        probability: Mean router probability of each expert over the tokens that chose it, (E,); 0 where none did.
+        contribution: Mean of `gate * ||f_e(x)||` over the tokens that chose the expert, (E,); 0 where none did.
+        second_moment: `E<f_i(x), f_j(x)>` over all tokens, chosen or not, (E, E).
+        mass: Mean sum of the gates of a token.
+        change: `sqrt(E|y' - y|^2 / E|y|^2)` for the routed part of the layer's output `y` and the output `y'` of the
+            plain average of its experts; not a number if the experts are of unequal widths and have no average.
+    """
+    tokens: int
+    counts: Tensor
+    probability: Tensor
+    contribution: Tensor
+    second_moment: Tensor
+    mass: float
+    change: float
+
+
+def _by_usage(experts: Sequence[FFNWeights], counts: Tensor) -> FFNWeights:
+    # a group that no calibration token was sent to has no usage to weigh by, and no share in the output
+    return usage(experts, counts) if counts.sum() > 0 else average(experts)
+
+
+def _best_experts(statistics: ExpertStatistics, k: int, score: str = 'usage') -> List[int]:
+    if score not in ('usage', 'norm'):
+        raise ValueError(f"score must be 'usage' or 'norm', got {score!r}.")
+    return select(statistics.counts if score == 'usage' else statistics.contribution, k)
+
+
+def _diverse_experts(statistics: ExpertStatistics, k: int, lam: Optional[float] = None) -> List[int]:
+    acp = average_contribution(statistics.probability, statistics.second_moment)
+    return do_acp_select(acp, statistics.second_moment, k, lam)
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a gathering method.
+
+    Args:
+        name: As an argument of `ewa.to_dense`.
+        type: Of its value; bool for a switch.
+        help: One line.
+        choices: Values it may have; empty: any.
+    """
+    name: str
+    type: type
+    help: str
+    choices: Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A gathering method, as `ewa.to_dense`, the command line and the docs know it.
+
+    Args:
+        name: Of the method.
+        kind: `'merge'`: `function(experts, **options)` makes one FFN of experts of equal shapes; with `needs_data` it
+            is `function(experts, counts, **options)`, counts of tokens (E,). `'select'`: `function(statistics, k,
+            **options)` returns the indices of the `k` experts to keep.
+        function: See `kind`.
+        summary: What the FFN is, one line.
+        source: Paper; empty for what is usual.
+        needs_data: Whether calibration images are needed.
+        options: What it takes.
+    """
+    name: str
+    kind: str
+    function: Callable[..., Any]
+    summary: str
+    source: str = ''
+    needs_data: bool = False
+    options: Tuple[Option, ...] = ()
+
+
+_RESCALE = Option('rescale', bool, 'give matrices the norm of an expert\'s')
+METHODS: Dict[str, Method] = {method.name: method for method in (
+    Method('average', 'merge', average, 'mean of the experts', 'OneS, EWA'),
+    Method('sum', 'merge', total, 'sum of the experts', 'OneS', options=(_RESCALE,)),
+    Method('top_kg', 'merge', top_kg, 'the `H/E` hidden units of largest l2 norm of each expert, side by side; output '
+           'bias averaged', 'OneS, Top-KG', options=(_RESCALE,)),
+    Method('svd_kg', 'merge', svd_kg, 'per matrix, the sum of each expert\'s leading `r/E` singular triplets; biases '
+           'averaged', 'OneS, SVD-KG', options=(_RESCALE,)),
+    Method('usage', 'merge', _by_usage, 'mean weighted by the tokens each expert got',
+           'the weighting of M-SMoE (2310.01334)', needs_data=True),
+    Method('aligned', 'merge', aligned, 'hidden units of each expert permuted to match the first (linear assignment), '
+           'then the mean', 'Git Re-Basin (2209.04836)',
+           options=(Option('reference', int, 'index of the expert whose order of hidden units is kept'),)),
+    Method('prune', 'select', _best_experts, 'the most used expert, or with `--score norm` that of largest gate times '
+           'output norm', needs_data=True,
+           options=(Option('score', str, 'by tokens, or gate times output norm', ('usage', 'norm')),)),
+    Method('do_acp', 'select', _diverse_experts, 'the `k` experts that contribute much and differ, side by side, fc2 '
+           'scaled to the gates\' mass; with full-width experts `k` is 1, a single expert, which is not the method as '
+           'published', '2605.28207', needs_data=True,
+           options=(Option('lam', float, 'regularisation of the determinant; default: mean of the diagonal over k'),)),
+)}

@@ -1,14 +1,16 @@
-"""MoE layers: they hold experts and compute; they know no schedule, no optimizer and no choice of blocks.
+"""MoE layers: what one is and what one may ask it; then our own, which know no schedule, no optimizer, no choice of blocks.
 
 Axis legend: `T` tokens, `D` width, `E` experts, `k` experts a token is sent to.
 
-Any module with an `nn.ModuleList` called `experts` is a MoE layer to this package; one that routes also has `router`,
-and one whose output includes experts that are always on has them in `shared`.
+A MoE layer is any module with an `nn.ModuleList` called `experts`, see `MoELayer`. Everybody who wants to know more of
+one asks here: `kind`, `renormalises`, `route`, `shared_experts`, `layer_pieces`.
 """
+import math
 import weakref
 from collections import OrderedDict
+from contextlib import contextmanager
 from copy import deepcopy
-from typing import Dict, Iterable, Iterator, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Protocol, Sequence, Tuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +24,113 @@ from .routing import dispatch, load_balancing_loss, top_k_gates, z_loss
 _REPLACED: 'weakref.WeakKeyDictionary[nn.Module, nn.Module]' = weakref.WeakKeyDictionary()
 
 
+class MoELayer(Protocol):
+    """A MoE layer, ours or anybody's: a module that holds experts and maps `(..., D) -> (..., D)`.
+
+    What else it may have, and what that means:
+
+    - `fuse()`: in `eval()` the layer computes with the mean of its experts, which this returns as a new module
+      (random partition).
+    - `router`: a module that maps tokens `(T, D)` to logits `(T, E)` (gated); with it `top_k` (1 where it is missing)
+      and `renormalise` (True where it is missing). Or a method `route(tokens)`, see `route`.
+    - `shared`: an `nn.ModuleList` of experts that every token passes through, unscaled.
+    - `expert_ratio`: `1/m` where `m` experts are as wide as the dense FFN (1 where it is missing).
+    """
+    experts: nn.ModuleList
+    training: bool
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def named_parameters(self) -> Iterator[Tuple[str, nn.Parameter]]: ...
+
+    def load_state_dict(self, state_dict: Dict[str, Tensor]) -> Any: ...
+
+    def register_forward_pre_hook(self, hook: Callable) -> Any: ...
+
+
 def is_moe(module: nn.Module) -> bool:
-    """Whether a module follows the MoE layer protocol (see the head of this file)."""
+    """Whether a module is a MoE layer, see `MoELayer`."""
     return isinstance(getattr(module, 'experts', None), nn.ModuleList) and len(module.experts) > 0
 
 
-def moe_layers(model: nn.Module) -> Iterator[Tuple[str, nn.Module]]:
+def moe_layers(model: nn.Module) -> Iterator[Tuple[str, MoELayer]]:
     """Names and modules of all MoE layers, in the order of `named_modules()`."""
-    return ((name, module) for name, module in model.named_modules() if is_moe(module))
+    return ((name, cast(MoELayer, module)) for name, module in model.named_modules() if is_moe(module))
+
+
+def kind(layer: MoELayer) -> str:
+    """`'random'`, `'gated'`, or `'unknown'` of a layer that says nothing of how it combines its experts."""
+    if getattr(layer, 'router', None) is not None or callable(getattr(layer, 'route', None)):
+        return 'gated'
+    return 'random' if callable(getattr(layer, 'fuse', None)) else 'unknown'
+
+
+def is_gated(layer: MoELayer) -> bool:
+    """Whether a router decides which expert sees a token."""
+    return kind(layer) == 'gated'
+
+
+def is_random(layer: MoELayer) -> bool:
+    """Whether chance decides, so that the layer's `eval()` form is the mean of its experts."""
+    return kind(layer) == 'random'
+
+
+def renormalises(layer: MoELayer) -> bool:
+    """Whether the gates of a token sum to 1."""
+    return getattr(layer, 'renormalise', True)
+
+
+def shared_experts(layer: MoELayer) -> List[nn.Module]:
+    """The experts that every token passes through."""
+    return list(getattr(layer, 'shared', None) or [])
+
+
+def pieces(expert_ratio: float) -> int:
+    """How many experts of hidden width `expert_ratio * H` make the dense FFN's `H`.
+
+    Raises:
+        ValueError: `expert_ratio` is not `1/m` for a whole number `m`.
+    """
+    count = round(1 / expert_ratio) if 0 < expert_ratio <= 1 else 0
+    if not count or not math.isclose(count * expert_ratio, 1, rel_tol=1e-3):
+        raise ValueError(f'expert_ratio must be 1/m for a whole number m >= 1, got {expert_ratio}.')
+    return count
+
+
+def layer_pieces(layer: MoELayer) -> int:
+    """How many experts of a layer are as wide as the dense FFN."""
+    return pieces(getattr(layer, 'expert_ratio', 1.0))
+
+
+def route(layer: MoELayer, tokens: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gates `(T, k)`, experts `(T, k)` and logits `(T, E)` of a gated layer for tokens `(T, D)`.
+
+    The layer's own method `route` of that form if it has one, else its `router`, see `MoELayer`.
+
+    Raises:
+        TypeError: The router returns something else.
+    """
+    if hasattr(layer, 'route'):
+        return layer.route(tokens)
+    logits = cast(Any, layer).router(tokens)
+    if not isinstance(logits, Tensor) or logits.shape != (len(tokens), len(layer.experts)):
+        raise TypeError(
+            f'{type(layer).__name__}.router must map (T, D) to logits (T, E = {len(layer.experts)}); give the layer a '
+            f'method route(tokens) -> gates (T, k), experts (T, k), logits (T, E).')
+    gates, experts = top_k_gates(logits.float(), getattr(layer, 'top_k', 1), renormalises(layer))
+    return gates, experts, logits
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in `eval()`; afterwards each module is in the mode in which it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def mean_state(experts: Iterable[nn.Module]) -> Dict[str, Tensor]:
@@ -127,6 +228,7 @@ class TopKMoE(nn.Module):
         top_k: Experts a token, 1 to `E`.
         renormalise: Make the gates of a token sum to 1.
         shared: FFNs that every token passes through, unscaled.
+        expert_ratio: `1/m` where `m` experts are as wide as the dense FFN.
     """
 
     def __init__(
@@ -136,6 +238,7 @@ class TopKMoE(nn.Module):
             top_k: int = 2,
             renormalise: bool = True,
             shared: Iterable[nn.Module] = (),
+            expert_ratio: float = 1.0,
     ) -> None:
         super().__init__()
         self.experts = nn.ModuleList(experts)
@@ -151,6 +254,7 @@ class TopKMoE(nn.Module):
             self.shared = nn.ModuleList(shared)
         self.top_k = top_k
         self.renormalise = renormalise
+        self.expert_ratio = expert_ratio
         self.losses: Dict[str, Tensor] = {}
         self.counts: Optional[Tensor] = None
         self.train(self.experts[0].training)
@@ -178,7 +282,7 @@ class TopKMoE(nn.Module):
         routed = routed * gates.reshape(-1, 1).index_select(0, order).to(routed.dtype)
         out = torch.zeros(tokens.shape[0], routed.shape[-1], dtype=routed.dtype, device=x.device)
         out = out.index_add(0, rows, routed)
-        for expert in getattr(self, 'shared', ()):
+        for expert in shared_experts(self):
             out = out + expert(tokens)
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
@@ -191,6 +295,25 @@ class TopKMoE(nn.Module):
 
     def extra_repr(self) -> str:
         return f'router=topk, top_k={self.top_k}, renormalise={self.renormalise}'
+
+
+# what `to_moe(router=NAME)` makes of a list of experts: NAME -> factory
+ROUTERS: Dict[str, Callable[..., nn.Module]] = {'random': RandomPartitionMoE, 'topk': TopKMoE}
+
+
+def register_router(name: str, factory: Callable[[List[nn.Module]], nn.Module]) -> None:
+    """Make a MoE layer of your own known to `ewa.to_moe(router=name)`, `train.py --router name` and saved models.
+
+    Args:
+        name: In small letters, e.g. `'whole-images'`.
+        factory: Called as `factory(experts)` with `E` FFNs, returns a module that holds them as `experts`; for
+            instance a subclass of `RandomPartitionMoE` with another `forward`.
+
+    Raises:
+        ValueError: The name is taken by another factory.
+    """
+    if ROUTERS.setdefault(name, factory) is not factory:
+        raise ValueError(f'There is a router {name!r} already: {ROUTERS[name].__name__}.')
 
 
 def routing_losses(model: nn.Module) -> Dict[str, Tensor]:

@@ -12,7 +12,8 @@ from timm.utils import ParseKwargs
 from torch import nn
 
 from .averaging import SCHEDULES
-from .dense import METHODS
+from .gathering import METHODS
+from .moe import ROUTERS
 from .vision_transformer import HOSTS
 
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
@@ -147,9 +148,9 @@ def train_parser() -> Parser:
     group.add_argument('--num-experts', type=int, metavar='N', help='experts a MoE layer; makes a dense model a MoE')
     group.add_argument('--moe-layers', metavar='WHICH',
                        help='every:K, last:K, all, block indices "1,3,5", or a regular expression over FFN names')
-    group.add_argument('--expert-init', choices=('auto', 'copy', 'independent'),
-                       help='first weights of the experts (default: copy, of one FFN)')
-    group.add_argument('--router', choices=('random', 'topk'), help='random partition (EWA) or gated')
+    group.add_argument('--expert-init', choices=('copy', 'independent'),
+                       help='initial weights of the experts; default: copies of one FFN')
+    group.add_argument('--router', choices=tuple(ROUTERS), help='random partition (EWA) or gated')
     group.add_argument('--top-k', type=int, metavar='K', help='gated: experts a token')
     group.add_argument('--num-shared', type=int, metavar='N', help='gated: experts that see every token')
     group.add_argument('--expert-ratio', type=float, metavar='R',

@@ -1,8 +1,7 @@
 """Names under which `timm.create_model` builds MoE models. `import ewa` registers them.
 
 `vit_ewa(host=NAME, ...)` makes a MoE model of any timm model with FFNs; the other names are that entry with host and
-router fixed. Keyword arguments of the host and of `ewa.to_moe` both pass. Experts start as copies unless `init` says
-otherwise.
+router fixed. Keyword arguments of the host and of `ewa.to_moe` both pass.
 """
 from typing import Any, Dict, Optional
 
@@ -13,9 +12,11 @@ from timm.models._builder import resolve_pretrained_cfg
 from timm.models._hub import load_state_dict_from_path
 from torch import Tensor, nn
 
+from .ffn import select_ffns
+from .identity import WEIGHT_CFG
 from .moe import moe_layers
 from .stacked import unstack
-from .upcycle import MOE_ARGS, WEIGHT_CFG, select_ffns, to_moe
+from .upcycle import ARGUMENTS, to_moe
 
 __all__ = []  # filled by register_model
 
@@ -103,12 +104,8 @@ def _create(
     """
     if not is_model(host):
         raise ValueError(f'host={host!r} is not a model that timm knows; timm.list_models() lists them.')
-    moe_args = {k: kwargs.pop(k) for k in (*MOE_ARGS, 'init') if k in kwargs}
+    moe_args = {k: kwargs.pop(k) for k in ARGUMENTS if k in kwargs}
     builder_args = ('pretrained_model_args', 'features_only', 'out_indices', 'feature_cls')
-    # from scratch too copies did as well as independent draws or better, at every share rate (docs/results.md)
-    moe_args.setdefault('init', 'copy')
-    if pretrained and moe_args['init'] == 'auto':
-        moe_args['init'] = 'copy'
     model_args = {k: v for k, v in kwargs.items() if k not in builder_args}
     host_args = dict(kwargs, cache_dir=cache_dir)
     cfg = resolve_pretrained_cfg(host, pretrained_cfg, pretrained_cfg_overlay).to_dict()

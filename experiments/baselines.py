@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import ewa
-import ewa.upcycle
 import train
 from ewa.averaging import ExpertAverager
 from ewa.diagnostics import distances_to_mean
 from ewa.ffn import find_ffns
-from ewa.moe import RandomPartitionMoE, mean_state, moe_layers
+from ewa.moe import ROUTERS, RandomPartitionMoE, mean_state, moe_layers
 from ewa.partition import random_partition
+from ewa.pull import max_share_rate, pull_
 
 
 class ImagePartitionMoE(RandomPartitionMoE):
@@ -80,7 +80,7 @@ class BoundedAverager(ExpertAverager):
         for name, layer in moe_layers(self.model):
             experts = [list(expert.parameters()) for expert in layer.experts]
             if distances[name] > self.bound:
-                self._pull(experts, 1 - self.bound / distances[name])
+                pull_(experts, max_share_rate(len(experts)) * (1 - self.bound / distances[name]), self.pulls)
 
 
 def slow_ffns(model: nn.Module, scale: float, **kwargs) -> torch.optim.Optimizer:
@@ -111,7 +111,7 @@ def baseline(name: str) -> Iterator[None]:
             the scale `S`, or '' for nothing.
     """
     if name in LAYERS:
-        with mock.patch.object(ewa.upcycle, 'RandomPartitionMoE', LAYERS[name]):
+        with mock.patch.dict(ROUTERS, random=LAYERS[name]):
             yield
     elif name.startswith('bound '):
         averager = type('BoundedAverager', (BoundedAverager,), dict(bound=float(name.split()[1])))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
-from ewa.dense import METHODS
+from ewa.gathering import METHODS
 
 from .runner import Run, classes_of, read_results, subset
 

@@ -19,7 +19,7 @@ def scatter(module, std=.1, seed=3):
 
 def gated(host, **kwargs):
     """A host with gated MoE layers, all of their parameters random."""
-    return scatter(ewa.to_moe(host, **{**dict(router='topk', num_experts=4), **kwargs})).eval()
+    return scatter(ewa.to_moe(host, **{**dict(router='topk', num_experts=4, init='independent'), **kwargs})).eval()
 
 
 def make_equal(layer, change=lambda expert: expert):

@@ -106,7 +106,7 @@ def inputs_of(model, layer, batches):
 
 @torch.no_grad()
 def usage(tokens, experts, logits, top_k, renormalise=True):
-    """The statistics of `LayerUsage` as a dict of lists and numbers, token by token."""
+    """The statistics of `ExpertStatistics` as a dict of lists and numbers, token by token."""
     count, num_experts = len(tokens), len(experts)
     counts, probability, contribution = ([0.] * num_experts for _ in range(3))
     moment = [[0.] * num_experts for _ in range(num_experts)]

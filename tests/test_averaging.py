@@ -14,7 +14,7 @@ from torch import nn
 
 import ewa
 import reference
-from ewa.averaging import _stochastic_round, max_share_rate
+from ewa.pull import max_share_rate, stochastic_round
 from ewa.moe import RandomPartitionMoE, moe_layers
 
 HALF = [torch.bfloat16, torch.float16]
@@ -181,7 +181,7 @@ class TestSchedule:
 
     def test_every_pulls_at_each_nth_step(self):
         layer = moe_layer(2)
-        averager = ewa.ExpertAverager(layer, .3, 'linear', total_steps=2, every=3)
+        averager = ewa.ExpertAverager(layer, .3, 'linear', total_steps=6, every=3)
         factors = []
         for _ in range(9):
             before = deviation(layer)
@@ -197,6 +197,30 @@ class TestSchedule:
         for _ in range(5):
             averager.step()
         assert deviation(layer) == pytest.approx(before / 4, rel=1e-4) and averager.share_rate == 0
+
+    def test_a_policy_sets_the_rate_of_each_layer_and_pull(self):
+        model = nn.ModuleList([moe_layer(), moe_layer()])
+        seen = []
+
+        def policy(layer, t):
+            seen.append((list(model).index(layer), t))
+            return .3 / t if layer is model[0] else 0.
+
+        averager = ewa.ExpertAverager(model, policy, every=2)
+        start, untouched = deviation(model[0]), snapshot(model[1])
+        for _ in range(4):
+            averager.step()
+        assert seen == [(0, 1), (1, 1), (0, 2), (1, 2)]
+        assert deviation(model[0]) == pytest.approx(start * (1 - .3 * 4 / 3) * (1 - .15 * 4 / 3), rel=1e-4)
+        assert all(torch.equal(p, untouched[name]) for name, p in model[1].named_parameters())
+        assert averager.share_rate == pytest.approx(.1)  # of the third pull; the largest over layers
+
+    def test_a_policy_out_of_range_is_named(self):
+        averager = ewa.ExpertAverager(nn.Sequential(moe_layer()), lambda layer, t: .8)
+        with pytest.raises(ValueError, match='share rate of 0 at pull 1 is 0.8, not between 0 and .* 0.75'):
+            averager.step()
+        with pytest.raises(ValueError, match='leave schedule'):
+            ewa.ExpertAverager(moe_layer(), lambda layer, t: .1, schedule='linear', total_steps=3)
 
     def test_state_dict_round_trip(self):
         averager = ewa.ExpertAverager(moe_layer(), .3, 'cosine', total_steps=9, every=2)
@@ -456,25 +480,6 @@ class TestHalfPrecision:
         drift = new_mean - mean
         assert abs(drift.mean()) < 5 * drift.std() / math.sqrt(drift.numel())
         assert drift.std() < .1 * start.std()
-
-    @pytest.mark.parametrize('dtype', HALF)
-    def test_rounds_to_a_neighbour_without_bias(self, dtype):
-        torch.manual_seed(0)
-        values = torch.randn(200, 1).expand(200, 4000).contiguous()
-        rounded = _stochastic_round(values, dtype, torch.rand(values.shape)).float()
-        unit = 2. ** (torch.frexp(values).exponent - {torch.bfloat16: 8, torch.float16: 11}[dtype])
-        error = (rounded - values) / unit
-        assert error.abs().max() < 1
-        assert (error.mean(1).abs() < 5 * .5 / math.sqrt(4000)).all()
-
-    @pytest.mark.parametrize('dtype', HALF)
-    def test_representable_values_are_not_rounded(self, dtype):
-        limits = torch.finfo(dtype)
-        values = torch.cat([
-            torch.randn(100000), torch.tensor([0., limits.max, limits.min, limits.tiny, limits.smallest_normal / 2])])
-        values = values.to(dtype)
-        for noise in (torch.rand(values.shape), torch.full(values.shape, 1 - 2 ** -24), torch.zeros(values.shape)):
-            assert torch.equal(_stochastic_round(values.float(), dtype, noise), values)
 
     @pytest.mark.parametrize('dtype', HALF)
     def test_replicas_stay_equal(self, dtype):

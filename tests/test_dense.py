@@ -14,10 +14,11 @@ from torch import nn
 import ewa
 import gathering_reference
 import reference
-from ewa.dense import METHODS, NEEDS_DATA, group_similar
+from ewa.dense import group_similar
 from ewa.exporting import write_folder
 from ewa.ffn import read_ffn
-from ewa.moe import moe_layers
+from ewa.gathering import METHODS
+from ewa.moe import fuse_experts, moe_layers
 from gated import GLU, foreign, gated, hide, make_equal, permute, scatter, sequences
 from test_upcycle import HOSTS, SWIN
 
@@ -25,6 +26,7 @@ LAYOUTS = {  # the FFNs of timm
     'Mlp': 'vit_tiny_patch16_224', 'GluMlp': GLU, 'SwiGLUPacked': 'vit_giant_patch14_dinov2',
     'SwiGLU with norm': 'eva02_base_patch14_224',
 }
+NEEDS_DATA = [method.name for method in METHODS.values() if method.needs_data]
 FINE = dict(router='topk', num_experts=8, expert_ratio=.25, num_shared=1, top_k=3)
 
 
@@ -138,7 +140,7 @@ def assert_ffn(ffn, expected, message):
 @pytest.mark.parametrize('name', LAYOUTS.values(), ids=LAYOUTS)
 def test_every_method_equals_its_reference_on_random_experts(tiny, images, name):
     model = gated(tiny(name, mlp_ratio=(12.1 if 'giant' in name else 6.1) / 32), top_k=2)  # 6 hidden units, 4 experts
-    options = {method: [{}] + [{'rescale': True}] * ('rescale' in METHODS[method]) for method in METHODS}
+    options = {method: [{}] + [{'rescale': True}] * (METHODS[method].options[:1] == METHODS['sum'].options) for method in METHODS}
     options['aligned'] += [dict(reference=2)]
     options['prune'] += [dict(score='norm')]
     options['do_acp'] += [dict(lam=0.)]
@@ -399,11 +401,23 @@ def test_experts_of_an_unknown_layout_can_be_averaged_only(images):
             super().__init__()
             self.experts = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
 
+        def fuse(self):
+            return fuse_experts(self.experts)
+
     model = nn.Sequential(Linears())
     mean = reference.mean([expert.weight.detach() for expert in model[0].experts])
     torch.testing.assert_close(ewa.to_dense(model)[0].weight.double(), mean, atol=1e-7, rtol=0)
     with pytest.raises(ValueError, match='0: top_kg can.t read experts of type Linear; use average'):
         ewa.to_dense(model, 'top_kg')
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_a_layer_that_does_not_say_how_it_combines_experts_is_refused(method):
+    model = foreign()
+    model.moe.gate = model.moe.router
+    del model.moe.router
+    with pytest.raises(ValueError, match='moe is a HandMadeMoE with experts but no router, so what it computes is not'):
+        ewa.to_dense(model, method, sequences())
 
 
 @pytest.mark.parametrize('method', METHODS)

@@ -207,7 +207,7 @@ class TestReport:
                 assert len(image.convert('RGB').resize((64, 64)).getcolors(4096)) > 8
 
     def test_without_data_it_has_no_usage(self, tiny, tmp_path):
-        records = ewa.diagnose(ewa.to_moe(tiny()))
+        records = ewa.diagnose(ewa.to_moe(tiny(), init='independent'))
         assert usage_figure(records) is None
         write_report(records, tmp_path, 'x')
         assert sorted(path.name for path in tmp_path.iterdir()) == ['report.md', 'similarity.png']
@@ -222,7 +222,7 @@ class TestReport:
 
 
 def test_models_without_a_router_are_not_run(tiny, monkeypatch):
-    model = ewa.to_moe(tiny('vit_tiny_patch16_224'), 2)
+    model = ewa.to_moe(tiny('vit_tiny_patch16_224'), 2, init='independent')
     expected = ewa.diagnose(model)
     monkeypatch.setattr(model, 'forward', None)
     assert ewa.diagnose(model, [torch.zeros(1)]) == expected
@@ -234,3 +234,11 @@ def test_similarity_is_written_in_the_heat_map(tiny):
     for axis, record in zip(axes, records, strict=True):
         written = [float(text.get_text()) for text in axis.texts]
         assert written == pytest.approx(sum(record['similarity'], []), abs=0.0051)
+
+
+def test_of_a_layer_that_does_not_say_how_it_combines_experts_nothing_is_claimed():
+    model = foreign()
+    model.moe.gate = model.moe.router
+    del model.moe.router
+    record, = ewa.diagnose(model, sequences())
+    assert record['router'] == 'unknown' and 'change' not in record and record['distance'] > 0

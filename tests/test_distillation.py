@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import ewa
-from ewa.dense import METHODS
+from ewa.gathering import METHODS
 from ewa.distillation import TeacherView, benefit_kept, distillation_task, forward_flops, load_teacher
 from ewa.exporting import write_folder
 from ewa.moe import moe_layers

@@ -127,7 +127,7 @@ def test_vanilla_timm_loads_it_where_ewa_is_not_installed(tiny, images, tmp_path
 
 
 def test_channels_last_is_written(tiny, images, tmp_path):
-    moe = ewa.to_moe(tiny()).to(memory_format=torch.channels_last).eval()
+    moe = ewa.to_moe(tiny(), init='independent').to(memory_format=torch.channels_last).eval()
     ewa.export(ewa.to_dense(moe), tmp_path / 'vit')
     write_folder(moe, tmp_path / 'moe')
     assert not moe.patch_embed.proj.weight.is_contiguous()
@@ -288,7 +288,7 @@ class TestMoEFolder:
                     assert torch.equal(converted[key], value), (kwargs, key)
 
     def test_ema_weights_lie_beside_the_raw_ones(self, tiny, tmp_path):
-        model, other = ewa.to_moe(tiny()), ewa.to_moe(tiny(seed=1))
+        model, other = ewa.to_moe(tiny(), init='independent'), ewa.to_moe(tiny(seed=1), init='independent')
         write_folder(model, tmp_path / 'out', ema=other.state_dict())
         for file, source in (('model', model), ('ema', other)):
             read = load_file(tmp_path / 'out' / f'{file}.safetensors')
@@ -297,7 +297,7 @@ class TestMoEFolder:
         assert torch.equal(ewa.load(tmp_path / 'out').head.weight, model.head.weight)
 
     def test_without_pretrained_has_the_architecture_only(self, tiny, tmp_path):
-        model = ewa.to_moe(tiny(), num_experts=3)
+        model = ewa.to_moe(tiny(), num_experts=3, init='independent')
         write_folder(model, tmp_path / 'out')
         fresh = timm.create_model(f'local-dir:{tmp_path / "out"}')
         assert repr(fresh) == repr(model) and len(list(moe_layers(fresh))) == 2

@@ -45,7 +45,7 @@ class Tag(nn.Module):
 
 @pytest.fixture
 def moe(tiny):
-    return lambda **kwargs: ewa.to_moe(tiny(), **kwargs)
+    return lambda **kwargs: ewa.to_moe(tiny(), **{'init': 'independent', **kwargs})
 
 
 def gradients(model):

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import ewa
-from ewa.ffn import build_ffn, find_ffns, read_ffn
-from ewa.moe import RandomPartitionMoE, TopKMoE, moe_layers
-from ewa.upcycle import is_untrained, select_ffns
+from ewa.exporting import write_folder
+from ewa.ffn import build_ffn, find_ffns, read_ffn, select_ffns
+from ewa.moe import RandomPartitionMoE, TopKMoE, fuse_experts, moe_layers
 
 SWIN = dict(depth=None, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2))
 HOSTS = [
@@ -55,8 +55,8 @@ class TestHosts:
         assert list(dict.fromkeys(dense_key(key) for key in model.state_dict())) == list(dense.state_dict())
         assert len(find_ffns(dense)) == 2 * len(list(moe_layers(model)))
 
-    def test_from_scratch_experts_differ_and_the_rest_is_the_dense_model(self, tiny, name, kwargs, first):
-        dense, model = tiny(name, **kwargs), ewa.to_moe(tiny(name, **kwargs))
+    def test_independent_experts_differ_and_the_rest_is_the_dense_model(self, tiny, name, kwargs, first):
+        dense, model = tiny(name, **kwargs), ewa.to_moe(tiny(name, **kwargs), init='independent')
         expected = dense.state_dict()
         for key, value in model.state_dict().items():
             if '.experts.' not in key or '.experts.0.' in key:
@@ -73,7 +73,7 @@ class TestHosts:
 
     @pytest.mark.parametrize('router', ['random', 'topk'])
     def test_trains_with_a_gradient_for_every_parameter(self, tiny, images, name, kwargs, first, router):
-        model = ewa.to_moe(tiny(name, **kwargs), router=router).train()
+        model = ewa.to_moe(tiny(name, **kwargs), router=router, init='independent').train()
         out = model(images)
         assert out.shape == (3, 10) and out.isfinite().all()
         out.square().sum().backward()
@@ -194,16 +194,12 @@ class TestInit:
             for group, expected in zip(read_ffn(expert).up, dense):
                 assert torch.equal(group.flatten().sort().values, expected)
 
-    def test_auto_follows_the_weights(self, tiny):
-        def are_equal(model):
-            first, second = model.blocks[1].mlp.experts[:2]
-            return torch.equal(first.fc1.weight, second.fc1.weight)
-
-        assert is_untrained(tiny()) and not is_untrained(pretrained_like(tiny()))
-        assert not are_equal(ewa.to_moe(tiny()))
-        assert are_equal(ewa.to_moe(pretrained_like(tiny())))
-        assert are_equal(ewa.to_moe(tiny(), init='copy'))
-        assert not are_equal(ewa.to_moe(pretrained_like(tiny()), init='independent'))
+    def test_copies_are_the_default_whatever_the_weights(self, tiny):
+        for model in (tiny(), pretrained_like(tiny())):
+            first, second = ewa.to_moe(model).blocks[1].mlp.experts[:2]
+            assert torch.equal(first.fc1.weight, second.fc1.weight)
+        with pytest.raises(ValueError, match="init must be 'copy' or 'independent', got 'auto'"):
+            ewa.to_moe(tiny(), init='auto')
 
     def test_a_seed_fixes_the_experts(self, tiny):
         first, second = (ewa.to_moe(tiny(), init='independent').state_dict() for _ in range(2))
@@ -254,6 +250,7 @@ class TestFineGrained:
 
 
 ERRORS = [
+    (dict(router=lambda experts: experts[0]), 'must return a module that holds its experts in .* got Mlp'),
     (dict(num_experts=1), 'num_experts must be .* at least 2, got 1'),
     (dict(num_experts=0), 'num_experts'),
     (dict(num_experts=2.5), 'num_experts'),
@@ -269,7 +266,7 @@ ERRORS = [
     (dict(layers='nothing'), r'matches no FFN. There are: blocks.0.mlp, blocks.1.mlp, blocks.2.mlp, blocks.3.mlp'),
     (dict(layers=''), 'matches no FFN'),
     (dict(layers='('), 'regular expression'),
-    (dict(router='hash'), "router must be 'random' or 'topk', got 'hash'"),
+    (dict(router='hash'), "router must be 'random', 'topk' or a function .* got 'hash'"),
     (dict(init='zeros'), "init must be"),
     (dict(router='topk', top_k=0), 'top_k must be between 1 and num_experts=4, got 0'),
     (dict(router='topk', top_k=5), 'top_k'),
@@ -292,6 +289,56 @@ def test_errors_are_clear_and_leave_the_model_untouched(tiny, kwargs, message):
         ewa.to_moe(model, **kwargs)
     assert repr(model) == text and (model._model_args, model.pretrained_cfg) == args
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_failure_half_way_leaves_the_model_as_it_was(tiny):
+    made = []
+
+    def factory(experts):
+        if made:
+            raise RuntimeError('out of memory')
+        made.append(RandomPartitionMoE(experts))
+        return made[0]
+
+    model = tiny()
+    before, text = deepcopy(model.state_dict()), repr(model)
+    args = dict(model._model_args), dict(model.pretrained_cfg)
+    with pytest.raises(RuntimeError, match='out of memory'):
+        ewa.to_moe(model, router=factory)
+    assert made and repr(model) == text and (model._model_args, model.pretrained_cfg) == args
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+class Halved(RandomPartitionMoE):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+class TestRouters:
+    def test_a_factory_makes_the_layers(self, tiny, images):
+        model = ewa.to_moe(tiny(), 3, router=Halved, init='independent')
+        layers = [layer for _, layer in moe_layers(model)]
+        assert [type(layer) for layer in layers] == [Halved] * 2 and len(layers[0].experts) == 3
+        assert model._model_args['router'] == 'Halved'
+        x = torch.randn(2, 5, 32)
+        expected = fuse_experts(layers[0].experts)(x) / 2
+        torch.testing.assert_close(layers[0].eval()(x), expected)
+
+    def test_a_registered_name_serves_timm_too(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(ewa.moe, 'ROUTERS', dict(ewa.moe.ROUTERS))
+        monkeypatch.setattr(ewa.upcycle, 'ROUTERS', ewa.moe.ROUTERS)
+        ewa.moe.register_router('halved', Halved)
+        ewa.moe.register_router('halved', Halved)  # again by the same module: nothing changes
+        with pytest.raises(ValueError, match="a router 'random' already: RandomPartitionMoE"):
+            ewa.moe.register_router('random', Halved)
+        model = timm.create_model('vit_ewa', host='test_vit', router='halved', num_experts=2)
+        assert type(next(moe_layers(model))[1]) is Halved
+        write_folder(model, tmp_path / 'moe')
+        assert type(next(moe_layers(ewa.load(tmp_path / 'moe')))[1]) is Halved
+
+    def test_gated_options_are_refused_for_other_layers(self, tiny):
+        with pytest.raises(ValueError, match='neither shared nor fine-grained experts'):
+            ewa.to_moe(tiny(), router=Halved, num_shared=1)
 
 
 def test_a_converted_model_is_refused(tiny):

@@ -8,7 +8,7 @@ import ewa
 import reference
 from ewa import usage
 from ewa.moe import moe_layers
-from ewa.usage import measure_usage
+from ewa.calibration import measure_statistics
 from gated import GLU, foreign, gated, hide, scatter, sequences
 
 
@@ -24,7 +24,7 @@ def assert_same(measured, expected):
 def test_equals_counting_token_by_token(tiny, images, monkeypatch, name, top_k, num_shared, renormalise):
     monkeypatch.setattr(usage, '_CHUNK', 7)  # 17 tokens an image: chunks end within images
     model = gated(tiny(name), top_k=top_k, num_shared=num_shared, renormalise=renormalise)
-    measured = measure_usage(model, iter([images[:2], (images[2:], 'labels')]))
+    measured = measure_statistics(model, iter([images[:2], (images[2:], 'labels')]))
     layers = dict(moe_layers(model))
     assert list(measured) == list(layers) and len(layers) == 2
     for key, layer in layers.items():
@@ -39,7 +39,7 @@ def test_reads_layers_that_are_not_ours(top_k, renormalise):
     model = foreign(top_k=top_k, renormalise=renormalise)
     tokens = reference.inputs_of(model, model.moe, sequences())
     expected = reference.usage(tokens, model.moe.experts, model.moe.router(tokens), top_k, renormalise)
-    assert_same(measure_usage(model, sequences())['moe'], expected)
+    assert_same(measure_statistics(model, sequences())['moe'], expected)
 
 
 def test_takes_a_layers_own_word_on_its_routing():
@@ -50,7 +50,7 @@ def test_takes_a_layers_own_word_on_its_routing():
         return gates, experts, torch.zeros(len(tokens), 4)
 
     model.moe.route = route
-    measured = measure_usage(model, sequences())['moe']
+    measured = measure_statistics(model, sequences())['moe']
     assert measured.counts.tolist() == [0, 0, 0, 42] and measured.mass == pytest.approx(.7)
     assert measured.probability.tolist() == [0, 0, 0, .25]
 
@@ -60,13 +60,13 @@ def test_a_router_of_another_form_is_refused_with_the_way_out():
     model.moe.router = nn.Linear(8, 5)
     model.moe.forward = lambda x: x
     with pytest.raises(TypeError, match=r'HandMadeMoE.router must map \(T, D\) to logits.*E = 4.*route'):
-        measure_usage(model, sequences())
+        measure_statistics(model, sequences())
 
 
 def test_experts_that_nobody_chooses_count_nothing(tiny, images):
     model = gated(tiny(), top_k=1)
     hide(model.blocks[1].mlp, 2)
-    measured = measure_usage(model, [images])['blocks.1.mlp']
+    measured = measure_statistics(model, [images])['blocks.1.mlp']
     for values in (measured.counts, measured.probability, measured.contribution):
         assert values[2] == 0 and values.isfinite().all()
     assert measured.second_moment[2, 2] > 0
@@ -74,7 +74,7 @@ def test_experts_that_nobody_chooses_count_nothing(tiny, images):
 
 def test_experts_of_unequal_width_have_no_average_to_compare_with():
     model = foreign(hidden=(4, 12, 20))
-    measured = measure_usage(model, sequences())['moe']
+    measured = measure_statistics(model, sequences())['moe']
     assert measured.counts.sum() == 84 and measured.change != measured.change
 
 
@@ -85,40 +85,40 @@ def test_leaves_the_model_as_it_was_and_looks_at_it_in_eval(tiny, images, traini
     model.blocks[0].train(not training)
     before, modes = deepcopy(model.state_dict()), [module.training for module in model.modules()]
     random = torch.get_rng_state()
-    measured = measure_usage(model, [images])
+    measured = measure_statistics(model, [images])
 
     assert torch.equal(torch.get_rng_state(), random)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    for key, expected in measure_usage(make().eval(), [images]).items():
+    for key, expected in measure_statistics(make().eval(), [images]).items():
         assert expected.change == measured[key].change and torch.equal(expected.counts, measured[key].counts)
 
 
 def test_leaves_the_model_as_it_was_when_a_batch_fails(tiny, images):
     model = gated(tiny()).train()
     with pytest.raises(AssertionError):
-        measure_usage(model, [images, images[:, :, :8]])
+        measure_statistics(model, [images, images[:, :, :8]])
     assert all(module.training for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_random_partition_has_no_usage(tiny, images):
-    assert measure_usage(ewa.to_moe(tiny()), [images]) == {}
+    assert measure_statistics(ewa.to_moe(tiny()), [images]) == {}
 
 
 @pytest.mark.parametrize('batches', [[], [torch.zeros(0, 3, 32, 32)]])
 def test_no_images_are_refused(tiny, batches):
     with pytest.raises(ValueError, match='has no batches'):
-        measure_usage(gated(tiny()), batches)
+        measure_statistics(gated(tiny()), batches)
 
 
 def test_a_layer_that_no_token_reaches_is_refused(tiny, images):
     model = gated(tiny())
     model.aside = deepcopy(model.blocks[1])
     with pytest.raises(ValueError, match='aside.mlp got no tokens'):
-        measure_usage(model, [images])
+        measure_statistics(model, [images])
 
 
 def test_routing_losses_change_nothing(tiny, images):

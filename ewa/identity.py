@@ -1,0 +1,97 @@
+"""What a timm model says of itself (`pretrained_cfg`, `_model_args`), and what is written there when it becomes a MoE or
+dense, so that timm itself can save it and build it again.
+"""
+from types import MethodType
+from typing import Any, Dict, Iterable, Mapping
+
+import torch
+from timm.models import create_model, is_model, split_model_name_tag
+from torch import nn
+
+from .ffn import block_of, find_ffns, is_ffn
+from .moe import MoELayer, layer_pieces
+
+# entries of a `pretrained_cfg` that speak of somebody's weights rather than of the model's input
+WEIGHT_CFG = (
+    'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'tag', 'custom_load', 'license',
+    'description', 'origin_url', 'paper_name', 'paper_ids', 'notes',
+)
+
+
+def architecture(model: nn.Module) -> str:
+    """The name that timm knows a model's architecture by; empty if it does not say."""
+    return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or ''
+
+
+def describe_moe(model: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Make a timm model say that it was converted by `to_moe(model, **arguments)`: `vit_ewa` with its host."""
+    host = architecture(model)
+    if not host:
+        return
+    model._model_args = dict(getattr(model, '_model_args', {}), host=host, **arguments)
+    model.pretrained_cfg = model.default_cfg = dict(
+        {k: v for k, v in model.pretrained_cfg.items() if k not in WEIGHT_CFG}, architecture='vit_ewa')
+
+
+def describe_dense(model: nn.Module, arguments: Iterable[str]) -> None:
+    """Undo `describe_moe`, whose arguments have these names."""
+    args = dict(getattr(model, '_model_args', {}))
+    host = args.pop('host', None)
+    if host is None:
+        return
+    names = set(arguments)
+    model._model_args = {k: v for k, v in args.items() if k not in names}
+    model.pretrained_cfg = model.default_cfg = dict(
+        model.pretrained_cfg, architecture=split_model_name_tag(host)[0])
+
+
+def describe_width(dense: nn.Module, layers: Dict[str, MoELayer]) -> None:
+    """Where the hidden width of a timm model is not the vanilla one, make the model say so by `mlp_ratio`.
+
+    Args:
+        dense: A converted model.
+        layers: The MoE layers that its FFNs were made of, by name.
+
+    Raises:
+        ValueError: The architecture has no name for these widths.
+    """
+    name_of_timm = architecture(dense)
+    changed = [
+        name for name, layer in layers.items() if is_ffn(layer.experts[0]) and any(
+            dense.get_submodule(name).fc2.in_features != layer_pieces(layer) * expert.fc2.in_features
+            for expert in layer.experts)]
+    if not changed or not name_of_timm or not is_model(name_of_timm):
+        return
+    ratios = {
+        name: ffn.fc2.in_features / ffn.fc2.out_features for name, ffn in find_ffns(dense).items()
+        if block_of(name) or name in changed}
+    ratio = ratios[changed[0]]
+    other = next((name for name in ratios if ratios[name] != ratio), None)
+    if other is not None:
+        raise ValueError(
+            f'{changed[0]} would get another hidden width than {other}, and no timm architecture has FFNs of two '
+            'widths. Convert a model with layers="all", or leave k out to keep the vanilla width (if the shared '
+            'experts alone do not fill it).')
+    shapes = {key: value.shape for key, value in dense.state_dict().items()}
+    for factor in (1, 2):  # where a GLU packs its two input matrices, some hosts count both in mlp_ratio
+        args = dict(getattr(dense, '_model_args', {}), mlp_ratio=factor * ratio)
+        try:
+            with torch.device('meta'):
+                vanilla = create_model(name_of_timm, **args)
+        except (TypeError, ValueError, AssertionError):
+            continue
+        if {key: value.shape for key, value in vanilla.state_dict().items()} == shapes:
+            dense._model_args = args
+            return
+    raise ValueError(
+        f'{changed[0]} would have {dense.get_submodule(changed[0]).fc2.in_features} hidden units, and {name_of_timm} '
+        f'has no mlp_ratio for that. Leave k out to keep the vanilla width.')
+
+
+def plain_forward(model: nn.Module) -> None:
+    """Take the `forward` for mixed precision off a copy of a model that `accelerator.prepare` put on the original."""
+    original = model.__dict__.pop('_original_forward', None)
+    if original is not None:
+        model.forward = MethodType(original.__func__, model) if hasattr(original, '__func__') else original
+    if getattr(model.__dict__.get('forward'), '__func__', None) is type(model).forward:
+        del model.forward
