@@ -10,13 +10,14 @@ import argparse
 import platform
 import statistics
 import time
+from typing import Any, Dict, List, Optional
 
 import timm
 import torch
 
 import ewa
 
-VARIANTS = {
+VARIANTS: Dict[str, Optional[Dict[str, Any]]] = {  # name to arguments of to_moe
     'dense': None,
     'EWA, 2 experts, every:2': dict(num_experts=2, layers='every:2'),
     'EWA, 4 experts, every:2': dict(num_experts=4, layers='every:2'),
@@ -27,6 +28,7 @@ VARIANTS = {
 
 
 def main() -> None:
+    """Parse, time all variants, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--model', default='vit_tiny_patch16_224')
     parser.add_argument('--batch-size', type=int, default=8)
@@ -84,8 +86,8 @@ def main() -> None:
             base = torch.cuda.memory_allocated()
             step()
             peak[name] = (torch.cuda.max_memory_allocated() - base) / 2 ** 20
-    times = {name: [] for name in steps}
-    pull_times = {name: [] for name in steps}
+    times: Dict[str, List[float]] = {name: [] for name in steps}
+    pull_times: Dict[str, List[float]] = {name: [] for name in steps}
     for _ in range(args.rounds):
         for name, step in steps.items():
             times[name].append(timed(step))
@@ -99,8 +101,8 @@ def main() -> None:
     print('|---|---|---|---|' + '---|' * bool(peak))
     for name in steps:
         ratio = statistics.median(t / d for t, d in zip(times[name], times['dense']))
-        pull = statistics.median(p / d for p, d in zip(pull_times[name], times['dense']))
-        print(f'| {name} | {parameters[name]:.1f} | {ratio:.2f} | {pull if VARIANTS[name] else 0:.3f} |'
+        of_pull = statistics.median(p / d for p, d in zip(pull_times[name], times['dense']))
+        print(f'| {name} | {parameters[name]:.1f} | {ratio:.2f} | {of_pull if VARIANTS[name] else 0:.3f} |'
               + (f' {peak[name]:.0f} |' if peak else ''))
     print(f'\n(dense: {1000 * statistics.median(times["dense"]):.0f} ms a step)')
 

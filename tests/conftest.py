@@ -1,6 +1,6 @@
+import pytest
 import timm
 import torch
-import pytest
 
 import ewa  # noqa: F401  registers the model names
 

@@ -133,7 +133,7 @@ def do_acp_select(acp, second_moment, k, lam=None):
         gains = {}
         for j in range(num_experts):
             if j not in chosen:
-                subset = chosen + [j]
+                subset = [*chosen, j]
                 regularised = kernel[subset][:, subset] + lam * torch.eye(len(subset), dtype=torch.float64)
                 gains[j] = torch.linalg.slogdet(regularised).logabsdet.item()
         chosen.append(max(gains, key=gains.get))

@@ -63,7 +63,7 @@ def test_checkpoints_and_model_folders_are_converted(case, tmp_path):
 
 
 @pytest.mark.parametrize('run', RUNS)
-def test_a_run_is_resumed_and_ends_where_it_ended(run, folder, tmp_path):  # noqa: F811
+def test_a_run_is_resumed_and_ends_where_it_ended(run, folder, tmp_path):
     shutil.copytree(GOLDEN / run, tmp_path / run, ignore=shutil.ignore_patterns('last'))
     (tmp_path / run / 'summary.csv').write_text(
         ''.join((GOLDEN / run / 'summary.csv').read_text().splitlines(keepends=True)[:3]))
