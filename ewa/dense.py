@@ -68,8 +68,8 @@ def to_dense(
     for name, layer in layers.items():
         if kind(layer) == 'unknown':
             raise ValueError(
-                f'{name} is a {type(layer).__name__} with experts but no router, so what it computes is not known: give '
-                f'it an attribute router or a method route(tokens), see ewa.moe.MoELayer.')
+                f'{name} is a {type(layer).__name__} with experts but no router, so what it computes is not known: '
+                f'give it an attribute router or a method route(tokens), see ewa.moe.MoELayer.')
     gated = {name: layer for name, layer in layers.items() if is_gated(layer)}
     if len(gated) < len(layers) and how.needs_data:
         raise ValueError(

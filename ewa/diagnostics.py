@@ -73,13 +73,13 @@ def diagnose(model: nn.Module, batches: Optional[Iterable] = None, align: bool =
         align: Also align the experts (one linear assignment an expert: seconds for wide layers).
 
     Returns:
-        Records with `layer`, `router` (`'random'`, `'topk'` for all gated layers, `'unknown'`), `num_experts`, `distance` (to the mean, see
-        `distances_to_mean`), `cosine` and `cosine_aligned` (mean over pairs), `similarity` (`(E, E)` raw cosines).
-        With `batches`, gated layers also have `tokens`, `usage` (share of assignments of each expert), `entropy` (of
-        usage, 1 when uniform), `dead` (experts that no token was sent to), and `change`: the relative change
-        `sqrt(E|y' - y|^2 / E|y|^2)` of the routed output if the experts are averaged. Random-partition layers
-        compute with the mean in `eval()`: their `change` is 0. Experts of unequal widths have no mean and no pairwise
-        cosine: records of their layers lack these.
+        Records with `layer`, `router` (`'random'`, `'topk'` for all gated layers, `'unknown'`), `num_experts`,
+        `distance` (to the mean, see `distances_to_mean`), `cosine` and `cosine_aligned` (mean over pairs), `similarity`
+        (`(E, E)` raw cosines). With `batches`, gated layers also have `tokens`, `usage` (share of assignments of each
+        expert), `entropy` (of usage, 1 when uniform), `dead` (experts that no token was sent to), and `change`: the
+        relative change `sqrt(E|y' - y|^2 / E|y|^2)` of the routed output if the experts are averaged. Random-partition
+        layers compute with the mean in `eval()`: their `change` is 0; of unknown layers none is claimed. Experts of
+        unequal widths have no mean and no pairwise cosine: records of their layers lack these.
     """
     gated = any(is_gated(layer) for _, layer in moe_layers(model))
     statistics = measure_statistics(model, batches) if batches is not None and gated else {}

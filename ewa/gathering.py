@@ -357,8 +357,8 @@ def _check(experts: Sequence[FFNWeights], equal_hidden: bool = True) -> List[FFN
             tensor, first = getattr(expert, name), getattr(experts[0], name)
             if _layout(name, tensor) != _layout(name, first):
                 raise ValueError(
-                    f'{name} of expert {e} is {_shape_text(tensor)}, of expert 0 {_shape_text(first)}; experts must agree '
-                    f'in width, number of up matrices, biases, norm and dtype: gather each MoE layer by itself.')
+                    f'{name} of expert {e} is {_shape_text(tensor)}, of expert 0 {_shape_text(first)}; experts must '
+                    f'agree in width, number of up matrices, biases, norm and dtype: gather each MoE layer by itself.')
             if tensor is not None and not tensor.isfinite().all():
                 raise ValueError(
                     f'{name} of expert {e} has values that are not finite; take a checkpoint from before it diverged.')

@@ -1,5 +1,5 @@
-"""What a timm model says of itself (`pretrained_cfg`, `_model_args`), and what is written there when it becomes a MoE or
-dense, so that timm itself can save it and build it again.
+"""What a timm model says of itself (`pretrained_cfg`, `_model_args`), and what is written there when it becomes a MoE
+or dense, so that timm itself can save it and build it again.
 """
 from types import MethodType
 from typing import Any, Dict, Iterable, Mapping

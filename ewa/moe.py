@@ -1,4 +1,4 @@
-"""MoE layers: what one is and what one may ask it; then our own, which know no schedule, no optimizer, no choice of blocks.
+"""MoE layers: what one is and what one may ask it; then our own, which know no schedule, optimizer or choice of blocks.
 
 Axis legend: `T` tokens, `D` width, `E` experts, `k` experts a token is sent to.
 

@@ -145,8 +145,8 @@ def to_moe(
             layer = factory(experts)
             if not (isinstance(layer, nn.Module) and is_moe(layer)):
                 raise ValueError(
-                    f'router={router!r} must return a module that holds its experts in an nn.ModuleList called experts, '
-                    f'got {type(layer).__name__}.')
+                    f'router={router!r} must return a module that holds its experts in an nn.ModuleList called '
+                    f'experts, got {type(layer).__name__}.')
         layers_made[name] = layer
     # nothing can go wrong from here on
     for name, layer in layers_made.items():
