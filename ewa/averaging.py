@@ -86,7 +86,6 @@ class ExpertAverager:
         ValueError: An argument out of its range, or a model without MoE layers.
 
     Example:
-
         >>> averager = ewa.ExpertAverager(model, share_rate=1e-3)
         >>> handle = averager.attach(optimizer)
     """

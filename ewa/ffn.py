@@ -101,8 +101,10 @@ def build_ffn(template: nn.Module, weights: FFNWeights) -> nn.Module:
 
 
 def block_of(name: str) -> str:
-    """The transformer block an FFN belongs to: `layers.0.blocks.1.mlp` -> `layers.0.blocks.1`, `blocks.0.2.mlp`
-    (Twins, which nests lists) -> `blocks.0.2`."""
+    """The transformer block an FFN belongs to, or `''`.
+
+    `layers.0.blocks.1.mlp` -> `layers.0.blocks.1`, `blocks.0.2.mlp` (Twins, which nests lists) -> `blocks.0.2`.
+    """
     match = re.match(r'(.*\bblocks(?:\.\d+)+)(\.|$)', name)
     return match.group(1) if match else ''
 

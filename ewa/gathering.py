@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
+
 @dataclass(frozen=True, eq=False)
 class FFNWeights:
     """Weights of one FFN: `down @ act(up @ x + up_bias) + down_bias`, where a norm may stand before `down`.

@@ -20,7 +20,6 @@ from .gathering import mean
 from .partition import random_partition
 from .routing import dispatch, load_balancing_loss, top_k_gates, z_loss
 
-
 _REPLACED: 'weakref.WeakKeyDictionary[nn.Module, nn.Module]' = weakref.WeakKeyDictionary()
 
 

@@ -18,6 +18,7 @@ from .gathering import FFNWeights, take
 from .identity import describe_moe
 from .moe import ROUTERS, TopKMoE, is_moe, moe_layers, pieces
 
+
 def _shuffled(weights: FFNWeights) -> FFNWeights:
     # entries of a fresh matrix are independent and identically distributed, so a random permutation of them is
     # another draw from the host's own initialisation, whatever that is

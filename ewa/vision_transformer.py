@@ -6,8 +6,15 @@ router fixed. Keyword arguments of the host and of `ewa.to_moe` both pass.
 from typing import Any, Dict, Optional
 
 import torch
-from timm.models import create_model, generate_default_cfgs, get_pretrained_cfg, is_model, load_state_dict, \
-    load_state_dict_from_hf, register_model
+from timm.models import (
+    create_model,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    is_model,
+    load_state_dict,
+    load_state_dict_from_hf,
+    register_model,
+)
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._hub import load_state_dict_from_path
 from torch import Tensor, nn

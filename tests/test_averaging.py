@@ -14,8 +14,8 @@ from torch import nn
 
 import ewa
 import reference
-from ewa.pull import max_share_rate, stochastic_round
 from ewa.moe import RandomPartitionMoE, moe_layers
+from ewa.pull import max_share_rate, stochastic_round
 
 HALF = [torch.bfloat16, torch.float16]
 

@@ -6,9 +6,9 @@ from torch import nn
 
 import ewa
 import reference
-from ewa import usage
-from ewa.moe import moe_layers
+from ewa import calibration
 from ewa.calibration import measure_statistics
+from ewa.moe import moe_layers
 from gated import GLU, foreign, gated, hide, scatter, sequences
 
 
@@ -22,7 +22,7 @@ def assert_same(measured, expected):
 @pytest.mark.parametrize('renormalise', [True, False])
 @pytest.mark.parametrize('name, top_k, num_shared', [('vit_tiny_patch16_224', 1, 0), (GLU, 2, 1)])
 def test_equals_counting_token_by_token(tiny, images, monkeypatch, name, top_k, num_shared, renormalise):
-    monkeypatch.setattr(usage, '_CHUNK', 7)  # 17 tokens an image: chunks end within images
+    monkeypatch.setattr(calibration, '_CHUNK', 7)  # 17 tokens an image: chunks end within images
     model = gated(tiny(name), top_k=top_k, num_shared=num_shared, renormalise=renormalise)
     measured = measure_statistics(model, iter([images[:2], (images[2:], 'labels')]))
     layers = dict(moe_layers(model))
@@ -80,7 +80,7 @@ def test_experts_of_unequal_width_have_no_average_to_compare_with():
 
 @pytest.mark.parametrize('training', [True, False])
 def test_leaves_the_model_as_it_was_and_looks_at_it_in_eval(tiny, images, training):
-    make = lambda: gated(tiny(proj_drop_rate=.5, drop_path_rate=.5), top_k=1)  # noqa: E731
+    make = lambda: gated(tiny(proj_drop_rate=.5, drop_path_rate=.5), top_k=1)
     model = make().train(training)
     model.blocks[0].train(not training)
     before, modes = deepcopy(model.state_dict()), [module.training for module in model.modules()]

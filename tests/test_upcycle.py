@@ -8,7 +8,7 @@ from torch import nn
 
 import ewa
 from ewa.exporting import write_folder
-from ewa.ffn import build_ffn, find_ffns, read_ffn, select_ffns
+from ewa.ffn import find_ffns, read_ffn
 from ewa.moe import RandomPartitionMoE, TopKMoE, fuse_experts, moe_layers
 
 SWIN = dict(depth=None, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2))
@@ -104,35 +104,6 @@ def test_layers(tiny, layers, expected):
     assert [name for name, _ in moe_layers(model)] == [f'blocks.{i}.mlp' for i in expected]
 
 
-def test_parallel_branches_of_a_block_go_together(tiny):
-    model = tiny('vit_small_patch16_18x2_224')
-    assert select_ffns(model, [1]) == ['blocks.1.ffns.0.mlp', 'blocks.1.ffns.1.mlp']
-
-
-def test_blocks_are_counted_over_stages(tiny):
-    model = tiny('swin_tiny_patch4_window7_224', **SWIN)
-    assert select_ffns(model, 'every:2') == ['layers.0.blocks.1.mlp', 'layers.1.blocks.1.mlp']
-    assert select_ffns(model, [2]) == ['layers.1.blocks.0.mlp']
-
-
-def test_only_token_wise_ffns_are_found(tiny):
-    # the perceptron of a relative position bias is none
-    assert list(find_ffns(tiny('vit_relpos_small_patch16_224', num_heads=4))) == [f'blocks.{i}.mlp' for i in range(4)]
-    # its norm stands before the hidden units
-    assert not find_ffns(timm.create_model('tiny_vit_5m_224', num_classes=10))
-    # depth-wise convolutions mix tokens
-    assert not find_ffns(timm.create_model('pvt_v2_b0', num_classes=10))
-    # a relative position bias of two heads is made from two coordinates
-    with torch.device('meta'):
-        assert not any('rel_pos' in name for name in find_ffns(timm.create_model('maxvit_rmlp_tiny_rw_256')))
-
-
-def test_blocks_in_nested_lists_are_counted_one_by_one():
-    with torch.device('meta'):
-        model = timm.create_model('twins_svt_small')  # blocks.<stage>.<block>
-    assert select_ffns(model, 'last:2') == ['blocks.3.2.mlp', 'blocks.3.3.mlp']
-
-
 def test_an_ffn_in_two_places_is_refused(tiny):
     with torch.device('meta'):
         model = timm.create_model('coat_tiny')
@@ -159,15 +130,6 @@ def test_a_moe_that_would_disappoint_is_warned_of(tiny, name, kwargs, words):
         ewa.to_moe(tiny(name), router='topk', **kwargs)
     messages = [str(warning.message) for warning in caught]
     assert words in messages[0] if words else not messages
-
-
-@pytest.mark.parametrize('name, kwargs', [(host[0], host[1]) for host in HOSTS if host[0] in (
-    'vit_tiny_patch16_224', 'vit_giant_patch14_dinov2', 'vit_small_plus_patch16_dinov3', 'eva02_base_patch14_224')])
-def test_ffns_are_read_and_rebuilt(tiny, name, kwargs):
-    ffn = pretrained_like(tiny(name, **kwargs)).blocks[0].mlp.eval()
-    x = torch.randn(7, 32)
-    rebuilt = build_ffn(tiny(name, seed=1, **kwargs).blocks[0].mlp.eval(), read_ffn(ffn))
-    assert torch.equal(rebuilt(x), ffn(x))
 
 
 class TestInit:
