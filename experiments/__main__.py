@@ -2,19 +2,23 @@
 
     python -m experiments.data fashion --output data/fashion      # once; see experiments/README.md
     python -m experiments gathering --data data/fashion --jobs 2
-    python -m experiments report                                  # docs/results.md
+    python -m experiments report                                  # experiments/results/*.md
 """
 import argparse
 from pathlib import Path
 
 from .report import write
 from .runner import run_stage
-from .studies import STUDIES, setting
+from .setting import setting
+from .studies import STUDIES
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='experiments', description=__doc__.split('\n')[0])
-    parser.add_argument('study', choices=(*STUDIES, 'report'))
+    parser = argparse.ArgumentParser(
+        prog='experiments', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog='studies (hours on one core):\n' + '\n'.join(
+            f'  {name:11} {study.question}\n{"":13} {study.cost}' for name, study in STUDIES.items()))
+    parser.add_argument('study', choices=(*STUDIES, 'report'), metavar='STUDY', help='one of those below, or report')
     parser.add_argument('--data', type=Path, help='folder with train.tar, val.tar and test.tar by experiments.data')
     parser.add_argument('--work', type=Path, default=Path('output/experiments'), help='folder for models and logs')
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time, one thread each')
@@ -27,7 +31,7 @@ def main() -> None:
     if args.data is None or not (args.data / 'test.tar').is_file():
         parser.error('--data must be a folder with train.tar, val.tar and test.tar (python -m experiments.data)')
     s = setting(args.data.resolve(), args.work.resolve(), args.gpu, args.seeds)
-    for stage in STUDIES[args.study](s):
+    for stage in STUDIES[args.study].runs(s):
         run_stage(s.study(args.study), stage, s.work, args.jobs)
 
 

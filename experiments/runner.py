@@ -10,31 +10,25 @@ import json
 import os
 import platform
 import shutil
-import tarfile
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Sequence
 from unittest import mock
 
 import accelerate
 import timm
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from timm.data import create_dataset, create_transform, resolve_model_data_config
-from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 import convert
 import ewa
 import train
-from ewa.data import Wrapper
-from ewa.moe import RandomPartitionMoE, moe_layers
 
 from .baselines import baseline
+from .scoring import Memory, course, score
 
 RESULTS = Path(__file__).parent / 'results'
 
@@ -90,119 +84,6 @@ def machine() -> Dict[str, Any]:
     return dict(
         cpu=model, threads=torch.get_num_threads(), gpu=gpu, python=platform.python_version(),
         torch=str(torch.__version__), timm=timm.__version__, accelerate=accelerate.__version__, ewa=ewa.__version__)
-
-
-class Memory(Wrapper):
-    """Keeps the images of a split as they leave the transform, for runs without augmentation; one copy a process."""
-
-    _kept: Dict[Tuple[str, str], Dict[int, Any]] = {}
-
-    def __init__(self, dataset: Dataset, key: str) -> None:
-        super().__init__(dataset)
-        self.key, self.kept = key, {}
-
-    @Wrapper.transform.setter
-    def transform(self, transform) -> None:
-        self.dataset.transform = transform
-        self.kept = self._kept.setdefault((self.key, repr(transform)), {})
-
-    def __getitem__(self, index: int):
-        if index not in self.kept:
-            self.kept[index] = self.dataset[index]
-        return self.kept[index]
-
-
-def tensors(split: Path, config: Dict[str, Any], limit: Optional[int] = None) -> Tuple[Tensor, Tensor]:
-    """Images `(n, C, H, W)`, prepared as for validation, and labels `(n,)` of a split, evenly `limit` of them."""
-    dataset = Memory(create_dataset('', root=str(split), input_img_mode='L' if config['input_size'][0] == 1 else 'RGB'),
-                     str(split))
-    dataset.transform = create_transform(
-        config['input_size'], mean=config['mean'], std=config['std'], crop_pct=config['crop_pct'],
-        interpolation=config['interpolation'])
-    count = min(limit or len(dataset), len(dataset))
-    pairs = [dataset[i * len(dataset) // count] for i in range(count)]
-    return torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
-
-
-@torch.no_grad()
-def predict(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
-    """Logits `(n, K)` on the CPU."""
-    device = next(model.parameters()).device
-    return torch.cat([model(batch.to(device)).float().cpu() for batch in images.split(batch_size)])
-
-
-def figures(logits: Tensor, labels: Tensor) -> Dict[str, float]:
-    """Top-1 (per cent), negative log-likelihood and expected calibration error (15 bins)."""
-    confidence, guess = logits.softmax(1).max(1)
-    right = (guess == labels).float()
-    bins = (confidence * 15).long().clamp(max=14)
-    gaps = [(right[bins == b].sum() - confidence[bins == b].sum()).abs().item() for b in range(15)]
-    return dict(
-        top1=100 * right.mean().item(), nll=nn.functional.cross_entropy(logits, labels).item(),
-        ece=sum(gaps) / len(labels))
-
-
-def score(folder: Path, test: Path, trained_on: Optional[Path] = None) -> Dict[str, Dict[str, float]]:
-    """What is measured on a finished model.
-
-    Args:
-        folder: The model.
-        test: Its test split.
-        trained_on: The split it was trained on, for `'robust'`.
-
-    Returns:
-        `'test'`: figures on the test set. For random-partition layers also `'routed'`: the same on a quarter of the
-        test set with each token through a random expert, as in training; `'dense'`: that quarter by the experts' mean.
-        `'robust'`: figures of the dense form on a quarter of the test set with Gaussian noise of standard deviation 0.5
-        (of the normalised pixels) on the images; `sharpness`: the mean rise of the loss on 1,000 training images when
-        every matrix is moved a tenth of its norm in a random direction (5 directions).
-    """
-    model = ewa.load(folder).eval().to('cuda' if torch.cuda.is_available() else 'cpu')
-    config = resolve_model_data_config(model)
-    images, labels = tensors(test, config)
-    logits = predict(model, images)
-    result = dict(test=figures(logits, labels))
-    layers = [layer for _, layer in moe_layers(model)]
-    if layers and all(type(layer) is RandomPartitionMoE for layer in layers):
-        result['dense'] = figures(logits[::4], labels[::4])
-        torch.manual_seed(0)
-        for layer in layers:
-            layer.train()
-        result['routed'] = figures(predict(model, images[::4]), labels[::4])
-        model = ewa.to_dense(model).eval()
-    if trained_on is not None and not any(moe_layers(model)):
-        generator = torch.Generator().manual_seed(0)
-        part, part_labels = images[::4], labels[::4]
-        noise = torch.randn(part.shape, generator=generator)
-        robust = {f'noisy_{k}': v for k, v in figures(predict(model, part + 0.5 * noise), part_labels).items()}
-        images, labels = tensors(trained_on, config, 1000)
-        loss = figures(predict(model, images), labels)['nll']
-        matrices = [p for p in model.parameters() if p.ndim > 1]
-        weights = [p.detach().clone() for p in matrices]
-        rises = []
-        for _ in range(5):
-            with torch.no_grad():
-                for p, w in zip(matrices, weights):
-                    direction = torch.randn(w.shape, generator=generator).to(w)
-                    p.copy_(w + 0.1 * w.norm() * direction / direction.norm())
-            rises.append(figures(predict(model, images), labels)['nll'] - loss)
-        result['robust'] = dict(robust, train_nll=loss, sharpness=sum(rises) / len(rises))
-    return result
-
-
-def course(folder: Path, points: int = 8) -> Dict[str, List[List[float]]]:
-    """Distance to the mean and cosine of each layer's experts over training, `{name: [[update, value], ...]}`.
-
-    Read from the TensorBoard events of a run, thinned out to about `points` of them.
-    """
-    events = EventAccumulator(str(folder), size_guidance=dict(scalars=0)).Reload()
-    result = {}
-    for tag in events.Tags()['scalars']:
-        if tag.startswith(('experts_distance/', 'experts_cosine/', 'experts_entropy/')):
-            scalars = events.Scalars(tag)
-            chosen = sorted({round(i * (len(scalars) - 1) / max(1, points - 1)) for i in range(points)})
-            result[tag[8:]] = [[scalars[i].step, float(f'{scalars[i].value:.3g}')] for i in chosen]
-    return result
 
 
 def record(run: Run, work: Path) -> Dict[str, Any]:
@@ -305,39 +186,3 @@ def run_stage(study: str, runs: Sequence[Run], work: Path, jobs: int) -> None:
             raise
     if failed:
         raise RuntimeError(f'{len(failed)} of {len(todo)} runs failed, the first: {failed[0]}')
-
-
-def classes_of(source: Path) -> Dict[str, List[tarfile.TarInfo]]:
-    """Class to images of a tar."""
-    classes: Dict[str, List[tarfile.TarInfo]] = {}
-    with tarfile.open(source) as tar:
-        for member in tar.getmembers():
-            if member.isfile():
-                classes.setdefault(os.path.dirname(member.name), []).append(member)
-    return classes
-
-
-def subset(source: Path, count: Optional[int], target: Path, classes: Optional[Sequence[str]] = None) -> Path:
-    """The first `count` images (None: all) of a tar, evenly over its or the given classes, as another tar; made once.
-
-    Raises:
-        ValueError: A class has too few.
-    """
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    groups = classes_of(source)
-    groups = {name: groups[name] for name in classes or groups}
-    wanted = {name: len(group) if count is None else count // len(groups) + (i < count % len(groups))
-              for i, (name, group) in enumerate(groups.items())}
-    short = next((name for name, group in groups.items() if len(group) < wanted[name]), None)
-    if short is not None:
-        raise ValueError(
-            f'{source} has {len(groups[short])} images of class {short}, {count} over all take {wanted[short]}.')
-    new = target.with_suffix('.new')
-    with tarfile.open(source) as tar, tarfile.open(new, 'w') as out:
-        for name, group in groups.items():
-            for member in group[:wanted[name]]:
-                out.addfile(member, tar.extractfile(member))
-    os.rename(new, target)
-    return target

@@ -1,7 +1,5 @@
 """The driver of the accuracy studies, its baselines and its tables."""
 import json
-import statistics
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,9 +12,12 @@ import train
 from ewa.diagnostics import distances_to_mean
 from ewa.moe import RandomPartitionMoE, moe_layers
 from ewa.options import convert_parser, train_parser
-from experiments import report, runner, studies
+from experiments import runner, setting, studies
 from experiments.baselines import LAYERS, FusedMoE, ImagePartitionMoE, LearnedFusionMoE, baseline, slow_ffns
-from experiments.runner import Memory, Run, arguments, figures, run_stage, score, subset
+from experiments.data import subset
+from experiments.runner import Run, arguments, run_stage
+from experiments.scoring import Memory, metrics, score
+from experiments.setting import EWA
 
 MINI = Path(__file__).parent.parent / 'data' / 'fashion_mini'
 
@@ -170,108 +171,12 @@ def test_arguments_are_a_command_line():
     assert line == ['--lr', '0.1', '--no-aug', '--model-kwargs', 'depth=4', '--ratio', '1', '2']
 
 
-def test_subset_is_even_over_classes_and_can_keep_some(tmp_path):
-    def counts(path):
-        with tarfile.open(path) as tar:
-            names = [member.name.split('/')[0] for member in tar]
-        return {name: names.count(name) for name in names}
-
-    assert set(counts(subset(MINI / 'val.tar', 50, tmp_path / 'a.tar')).values()) == {5}
-    with pytest.raises(ValueError, match='100 images of class'):
-        subset(MINI / 'val.tar', 1001, tmp_path / 'd.tar')
-    assert sorted(counts(subset(MINI / 'val.tar', 23, tmp_path / 'e.tar')).values()) == [2] * 7 + [3] * 3
-    some = sorted(counts(MINI / 'val.tar'))[1:4]
-    assert counts(subset(MINI / 'val.tar', 9, tmp_path / 'b.tar', some)) == {name: 3 for name in some}
-    assert counts(subset(MINI / 'val.tar', None, tmp_path / 'c.tar', some[:1])) == {some[0]: 100}
-
-
-def test_figures_of_a_calibrated_guess():
+def test_metrics_of_a_calibrated_guess():
     logits = torch.log(torch.tensor([[0.75, 0.25]] * 4))
-    result = figures(logits, torch.tensor([0, 0, 0, 1]))
+    result = metrics(logits, torch.tensor([0, 0, 0, 1]))
     assert result['top1'] == 75 and result['ece'] == pytest.approx(0, abs=1e-6)
     expected = -(3 * torch.log(torch.tensor(0.75)) + torch.log(torch.tensor(0.25))).item() / 4
     assert result['nll'] == pytest.approx(expected)
-
-
-def line(variant, seed, top1, **labels):
-    return dict(
-        name=f'{variant}-{seed}', labels=dict(labels, variant=variant, seed=seed, images=10, epochs=1), seconds=1.,
-        machine=dict(cpu='some', gpu=None, threads=1, torch='t', timm='t'),
-        test=dict(top1=top1, nll=1 - top1 / 100, ece=0.),
-        curve=[[1, top1, 1., 2.]], last=dict(train_seconds=2., eval_top1=top1))
-
-
-def test_report_pairs_equal_seeds(monkeypatch, tmp_path):
-    monkeypatch.setattr(report, 'DOCS', tmp_path)
-    scores = [('dense', 0, 70.), ('dense', 1, 80.), ('EWA', 1, 81.), ('EWA', 0, 73.), ('EWA', 2, 20.)]
-    lines = [line(*score) for score in scores]
-    text = report.main(lines, 'some')
-    assert '| dense | 75.00 ± 5.00 |' in text
-    assert '| EWA | +2.00 ± 1.00 |' in text  # seed 2 has no dense partner
-
-
-def test_report_compares_the_moe_with_its_own_dense_form(monkeypatch, tmp_path):
-    monkeypatch.setattr(report, 'DOCS', tmp_path)
-    lines = [line(variant, seed, 70.) for variant in ('dense', 'EWA') for seed in (0, 1)]
-    for entry in lines:
-        entry['robust'] = dict(noisy_top1=50., noisy_nll=1., train_nll=0.5, sharpness=0.1)
-    for entry, gain in zip(lines[2:], (1., 3.)):
-        entry.update(dense=dict(top1=60.), routed=dict(top1=60. + gain))
-    part = report.main(lines, 'some').split('What conversion costs')[1].split('Robustness')[0]
-    assert '| EWA | +2.00 ± 1.00 (62.0) |' in part and '| dense |' not in part
-
-
-def test_report_keeps_schedules_of_two_lengths_apart(monkeypatch, tmp_path):
-    monkeypatch.setattr(report, 'DOCS', tmp_path)
-    lines = []
-    for epochs, top1 in ((10, 60.), (40, 70.)):
-        for schedule, gain in (('constant', 0.), ('linear', 1.)):
-            entry = line('EWA', 0, top1 + gain, rate=1e-3, schedule=schedule, init='copy', experts=4, layers='all')
-            entry['labels']['epochs'] = epochs
-            entry.update(dense=dict(top1=1., nll=1.), routed=dict(top1=1., nll=1.), experts={
-                'distance/0': [[0, 0.], [9, 0.5]], 'cosine/0': [[0, 1.], [9, 0.5]]})
-            lines.append(entry)
-    text = report.share_rate(lines, 'some')
-    for label, top1 in (('10 epochs', 60), ('40 epochs', 70), ('linear, 10 epochs', 61), ('linear, 40 epochs', 71)):
-        assert f'| {label} | 0.001 | 1 | {top1}.00 | {top1}.00 |' in text
-
-
-def test_interval_is_students():
-    values = [1., 2., 3., 4., 5.]
-    low, high = report.interval(values)
-    half = 2.776 * statistics.stdev(values) / 5 ** 0.5
-    assert (low + high) / 2 == 3 and (high - low) / 2 == pytest.approx(half, rel=1e-3)
-
-
-@pytest.mark.parametrize('teacher, told', [(90., True), (60.5, False), (58., False)])
-def test_share_kept_is_given_only_of_a_benefit(teacher, told):
-    models = [('moe', teacher), ('dense', 60.)]
-    lines = [line(kind, seed, top1, kind=kind) for kind, top1 in models for seed in (0, 1)]
-    for seed in (0, 1):
-        lines += [line('average', seed, 20., kind='gathered', method='average')]
-        lines += [line('average', seed, 75., kind='distilled', start='average')]
-        lines[-1]['last'].update(train_pflops=0.001, train_images=10)
-        lines[seed]['experts'] = {'cosine/a': [[1, 0.9], [2, 0.2 + seed / 10]], 'distance/a': [[1, 2.], [2, 3.]]}
-    text = report.gathering(lines, 'some')
-    assert 'by layer and seed: 0.20 to 0.30' in text.replace('\n', ' ')
-    assert f'{teacher - 60:+.2f} ± 0.00 points' in text
-    assert ('| average | 20.00 ± 0.00 | 75.00 ± 0.00 (50 %) |' in text) == told
-    assert ('| average | 20.00 ± 0.00 | 75.00 ± 0.00 |' in text) != told
-    # a single seed can't tell
-    assert '| average | 20.00 | 75.00 |' in report.gathering([x for x in lines if x['labels']['seed'] == 0], 'some')
-
-
-def test_learning_rates_of_finetuning_are_compared_over_common_seeds():
-    def trial(variant, lr, seed, val):
-        entry = line(variant, seed, 50. + 100 * lr, lr=lr)
-        entry['last']['eval_top1'] = val
-        return entry
-
-    # seed 1 is hard and was not run at the larger rate
-    runs = ((0.1, 0, 80.), (0.1, 1, 60.), (0.2, 0, 75.))
-    trials = [trial(variant, *run) for variant in ('dense', 'EWA') for run in runs]
-    text = report.finetune(trials, 'some')
-    assert '| dense | 60.00 ± 0.00 |' in text and '| EWA | +0.00 ± 0.00 |' in text
 
 
 def test_choice_is_by_validation(monkeypatch):
@@ -282,18 +187,18 @@ def test_choice_is_by_validation(monkeypatch):
 
     trials = [trial(0.1, 0., 0, 70.), trial(0.3, 0., 0, 72.), trial(0.2, 0., 0, 72.), trial(0.2, 0.1, 2, 71.),
               trial(0.2, 0.2, 2, 69.), trial(0.4, 0., 0, 90., epochs=10)]
-    monkeypatch.setattr(studies, 'read_results', lambda name: trials)
-    setting = studies.setting(Path('some'), Path('work'), False, None)
-    assert studies.chosen(setting, 'dense', 40, 2) == {'lr': 0.2, 'weight-decay': 0.05, 'drop-path': 0.}
-    assert studies.chosen(setting, 'dense', 10, 2)['lr'] == 0.4
-    assert studies.chosen(setting, 'dense', 40, 3) == {'lr': 0.2, 'weight-decay': 0.05, 'drop-path': 0.1}
+    monkeypatch.setattr(studies.tune, 'read_results', lambda name: trials)
+    s = setting.setting(Path('some'), Path('work'), False, None)
+    assert studies.tune.chosen(s, 'dense', 40, 2) == {'lr': 0.2, 'weight-decay': 0.05, 'drop-path': 0.}
+    assert studies.tune.chosen(s, 'dense', 10, 2)['lr'] == 0.4
+    assert studies.tune.chosen(s, 'dense', 40, 3) == {'lr': 0.2, 'weight-decay': 0.05, 'drop-path': 0.1}
     with pytest.raises(ValueError, match='run the study tune'):
-        studies.chosen(setting, 'no pull', 40)
+        studies.tune.chosen(s, 'no pull', 40)
 
 
 def test_rate_on_all_images_is_chosen_by_validation_among_equal_models(monkeypatch):
-    setting = studies.setting(Path('glyphs'), Path('work'), False, None)
-    width, epochs, *_, ratio = setting.whole[-1]
+    s = setting.setting(Path('glyphs'), Path('work'), False, None)
+    width, epochs, *_, ratio = s.whole[-1]
 
     def trial(lr, val, test, **other):
         labels = dict(dict(variant='dense', width=width, epochs=epochs, mlp_ratio=ratio, lr=lr), **other)
@@ -302,11 +207,11 @@ def test_rate_on_all_images_is_chosen_by_validation_among_equal_models(monkeypat
     trials = [trial(0.1, 70., 99.), trial(0.2, 72., 60.), trial(0.3, 71., 70.), trial(0.4, 90., 90., width=2 * width),
               trial(0.5, 90., 90., epochs=epochs + 1), trial(0.6, 90., 90., variant='MoE'),
               trial(0.7, 90., 90., mlp_ratio=2)]
-    monkeypatch.setattr(studies, 'read_results', lambda name: trials)
-    assert studies.best_rate(setting, 'dense') == 0.2
-    assert studies.best_rate(setting, 'MoE') == 0.6
+    monkeypatch.setattr(studies.whole, 'read_results', lambda name: trials)
+    assert studies.whole.best_rate(s, 'dense') == 0.2
+    assert studies.whole.best_rate(s, 'MoE') == 0.6
     with pytest.raises(ValueError, match='run the study whole'):
-        studies.best_rate(setting, 'EWA')
+        studies.whole.best_rate(s, 'EWA')
 
 
 @pytest.mark.parametrize('name, gpu', [('fashion', False), ('fashion', True), ('glyphs', False)])
@@ -316,11 +221,13 @@ def test_every_run_of_a_study_is_a_command_line_of_the_scripts(study, name, gpu,
     data.mkdir()
     for split in ('train', 'val', 'test'):
         subset(MINI / 'val.tar', None, data / f'{split}.tar')
-    monkeypatch.setattr(studies, 'chosen', lambda *_: {'lr': 0.1, 'weight-decay': 0.2, 'drop-path': 0.3})
-    monkeypatch.setattr(studies, 'best_rate', lambda *_: 0.1)
-    monkeypatch.setattr(studies, 'subset', lambda source, count, target, classes=None: target)
-    setting = studies.setting(data, tmp_path / 'work', gpu, None)
-    runs = [run for stage in studies.STUDIES[study](setting) for run in stage]
+    for module in (studies.tune, studies.main):
+        monkeypatch.setattr(module, 'chosen', lambda *_: {'lr': 0.1, 'weight-decay': 0.2, 'drop-path': 0.3})
+    monkeypatch.setattr(studies.gathering, 'best_rate', lambda *_: 0.1)
+    for module in (setting, studies.finetune, studies.gathering):
+        monkeypatch.setattr(module, 'subset', lambda source, count, target, classes=None: target)
+    s = setting.setting(data, tmp_path / 'work', gpu, None)
+    runs = [run for stage in studies.STUDIES[study].runs(s) for run in stage]
     assert len({run.name for run in runs}) == len(runs)
     for run in runs:
         parser = train_parser() if run.script == 'train' else convert_parser()
@@ -329,7 +236,7 @@ def test_every_run_of_a_study_is_a_command_line_of_the_scripts(study, name, gpu,
         if run.script == 'train':
             assert args.epochs > args.warmup_epochs
         # what a run starts from was made by the same study
-        made = setting.work / setting.study(study)
+        made = s.work / s.study(study)
         earlier = [run.source, getattr(args, 'pretrained_path', None), getattr(args, 'initial_checkpoint', None)]
         earlier += [(getattr(args, 'teacher', None) or '').removeprefix('local-dir:')]
         assert all(Path(path).is_relative_to(made) for path in filter(None, earlier))
@@ -342,13 +249,13 @@ def test_stage_runs_scores_and_resumes(tmp_path, monkeypatch, capsys):
     for split, source in (('train', 'train'), ('val', 'val'), ('test', 'val')):
         subset(MINI / f'{source}.tar', 200, data / f'{split}.tar')
     monkeypatch.setattr(runner, 'RESULTS', tmp_path / 'results')
-    setting = studies.setting(data, tmp_path / 'work', False, None)
-    runs = [setting.train(variant, dict(variant=variant, seed=0), 200, 2, kind, **flags) for variant, flags, kind in (
-        ('dense', {'model-ema': True}, ''), ('EWA', studies.EWA, ''), ('learned', studies.EWA, 'learned fusion'))]
-    convert = Run('average', dict(setting.converting(), method='average'), dict(seed=0), 'convert',
+    s = setting.setting(data, tmp_path / 'work', False, None)
+    runs = [s.train(variant, dict(variant=variant, seed=0), 200, 2, kind, **flags) for variant, flags, kind in (
+        ('dense', {'model-ema': True}, ''), ('EWA', EWA, ''), ('learned', EWA, 'learned fusion'))]
+    convert = Run('average', dict(s.converting(), method='average'), dict(seed=0), 'convert',
                   str(tmp_path / 'work' / 'some' / runs[1].name / 'last'))
-    run_stage('some', runs, setting.work, 1)
-    run_stage('some', [*runs, convert], setting.work, 1)
+    run_stage('some', runs, s.work, 1)
+    run_stage('some', [*runs, convert], s.work, 1)
     assert '3 of 4 runs are done' in capsys.readouterr().out
     text = (tmp_path / 'results/some.jsonl').read_text()
     lines = {entry['name']: entry for entry in map(json.loads, text.splitlines())}
@@ -359,13 +266,13 @@ def test_stage_runs_scores_and_resumes(tmp_path, monkeypatch, capsys):
     assert moe['experts']['distance/blocks.0.mlp'][-1][1] > 0
     # exported, it is the same model
     assert lines['average']['test'] == pytest.approx(moe['test'], rel=1e-5)
-    changed = setting.train('dense', dict(variant='dense', seed=0), 200, 2, lr=0.5)
+    changed = s.train('dense', dict(variant='dense', seed=0), 200, 2, lr=0.5)
     with pytest.raises(ValueError, match=f'{changed.name} with other flags .lr, model-ema.'):
-        run_stage('some', [changed], setting.work, 1)
-    bad = setting.train('bad', dict(seed=0), 200, 2, lr='much')
-    good = setting.train('good', dict(seed=0), 200, 2)
+        run_stage('some', [changed], s.work, 1)
+    bad = s.train('bad', dict(seed=0), 200, 2, lr='much')
+    good = s.train('good', dict(seed=0), 200, 2)
     with pytest.raises(RuntimeError, match='1 of 2 runs failed, the first: bad'):
-        run_stage('some', [bad, good], setting.work, 1)
+        run_stage('some', [bad, good], s.work, 1)
     assert [entry['name'] for entry in runner.read_results('some')][-1] == good.name
     folder = tmp_path / 'work' / 'some' / runs[1].name / 'last'
     assert score(folder, data / 'test.tar')['test'] == pytest.approx(moe['test'], rel=1e-5)

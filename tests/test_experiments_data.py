@@ -2,12 +2,15 @@
 import json
 import tarfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 from experiments import data, glyphs
+
+MINI = Path(__file__).parent.parent / 'data' / 'fashion_mini'
 
 
 def read(path):
@@ -100,6 +103,21 @@ def test_a_folder_without_images_or_with_too_few_is_refused(tmp_path, capsys):
     assert data.main(['folder', '--source', str(source / 'train'), '--output', str(tmp_path / 'set')]) == 2
     assert 'has no images train/CLASS' in capsys.readouterr().err
     assert not (tmp_path / 'set').exists()
+
+
+def test_subset_is_even_over_classes_and_can_keep_some(tmp_path):
+    def counts(path):
+        with tarfile.open(path) as tar:
+            names = [member.name.split('/')[0] for member in tar]
+        return {name: names.count(name) for name in names}
+
+    assert set(counts(data.subset(MINI / 'val.tar', 50, tmp_path / 'a.tar')).values()) == {5}
+    with pytest.raises(ValueError, match='100 images of class'):
+        data.subset(MINI / 'val.tar', 1001, tmp_path / 'd.tar')
+    assert sorted(counts(data.subset(MINI / 'val.tar', 23, tmp_path / 'e.tar')).values()) == [2] * 7 + [3] * 3
+    some = sorted(counts(MINI / 'val.tar'))[1:4]
+    assert counts(data.subset(MINI / 'val.tar', 9, tmp_path / 'b.tar', some)) == {name: 3 for name in some}
+    assert counts(data.subset(MINI / 'val.tar', None, tmp_path / 'c.tar', some[:1])) == {some[0]: 100}
 
 
 @pytest.mark.parametrize('name', ['fashion', 'glyphs'])

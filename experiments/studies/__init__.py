@@ -1,0 +1,16 @@
+"""The studies, one a file; the only list of them. `main` needs the results of `tune`, `gathering` those of `whole`."""
+from typing import Dict
+
+from ..setting import Study
+from . import bounded, finetune, gated, gathering, main, share_rate, tune, whole
+
+STUDIES: Dict[str, Study] = {
+    'tune': tune.STUDY,
+    'main': main.STUDY,
+    'share_rate': share_rate.STUDY,
+    'bounded': bounded.STUDY,
+    'finetune': finetune.STUDY,
+    'gated': gated.STUDY,
+    'whole': whole.STUDY,
+    'gathering': gathering.STUDY,
+}

@@ -1,0 +1,53 @@
+"""What the documents say: links lead somewhere, and the page of results says what the tables say."""
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob('*.md'), *(path for folder in ('docs', 'benchmarks', 'examples', 'experiments')
+                                      for path in (ROOT / folder).rglob('*.md'))])
+
+
+def anchors(page):
+    """The anchors of a page's headings, made as GitHub makes them."""
+    text = re.sub(r'(?ms)^```.*?^```$', '', page.read_text(encoding='utf-8'))
+    return {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-')
+            for title in re.findall(r'(?m)^#+ +(.*?) *$', text)}
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_and_anchors_resolve(page):
+    text = re.sub(r'(?ms)^```.*?^```$', '', page.read_text(encoding='utf-8'))
+    for link in re.findall(r'\]\(([^)\s]+)\)', text):
+        if re.match(r'[a-z]+:', link):
+            continue
+        path, _, anchor = link.partition('#')
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f'{page.relative_to(ROOT)}: {link} leads nowhere'
+        assert not anchor or anchor in anchors(target), f'{page.relative_to(ROOT)}: {link} has no such heading'
+
+
+def test_results_are_one_page_of_numbers_that_stand_in_the_tables():
+    text = (ROOT / 'docs/results.md').read_text(encoding='utf-8')
+    assert len(text.splitlines()) <= 150
+    tables = '\n'.join(path.read_text(encoding='utf-8') for path in (ROOT / 'experiments/results').glob('*.md'))
+    cells = {cell.strip() for row in re.findall(r'(?m)^\| .*\|$', text) for cell in row.split('|')}
+    numbers = {cell for cell in cells if re.fullmatch(r'[-+]?\d+\.\d+( .*)?', cell)}
+    numbers |= set(re.findall(r'[-+]?\d+\.\d+\s±\s\d+\.\d+', text))
+    assert len(numbers) > 80
+    for number in numbers:
+        assert f' {" ".join(number.split())} ' in tables, f'{number} stands in no table'
+
+
+def test_intervals_in_the_prose_of_results_are_those_of_the_tables():
+    text = ' '.join((ROOT / 'docs/results.md').read_text(encoding='utf-8').split())
+    tables = '\n'.join(path.read_text(encoding='utf-8') for path in (ROOT / 'experiments/results').glob('*.md'))
+    number = r'[-+]?\d+\.\d+'
+    known = [tuple(map(float, found)) for found in re.findall(rf'({number}) \(({number}) to ({number})\)', tables)]
+    known += [(-mean, -high, -low) for mean, low, high in known]  # "worse by"
+    found = re.findall(rf'({number})(?: \(|, )({number}) to ({number})', text)
+    assert len(found) > 50
+    for texts in found:
+        near = [0.5 * 10. ** -len(value.partition('.')[2]) + 1e-9 for value in texts]
+        assert any(all(abs(float(a) - b) <= c for a, b, c in zip(texts, entry, near)) for entry in known), texts
