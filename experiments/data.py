@@ -41,8 +41,17 @@ import numpy as np
 from PIL import Image, ImageOps, features
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .glyphs import CLASSES, FONT_SOURCE, PACKAGES, drop_outliers, find_fonts, glyph_images, load_face, select_faces, \
-    split_families
+from .glyphs import (
+    CLASSES,
+    FONT_SOURCE,
+    PACKAGES,
+    drop_outliers,
+    find_fonts,
+    glyph_images,
+    load_face,
+    select_faces,
+    split_families,
+)
 
 SPLITS = ('train', 'val', 'test')
 FASHION_SOURCE = '/usr/share/datasets/fashion-mnist'

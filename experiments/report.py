@@ -4,7 +4,7 @@ from pathlib import Path
 from .runner import RESULTS, read_results
 from .studies import STUDIES
 
-SETUP = '''
+SETUP = """
 Small studies on two CPU cores. Unless it says otherwise below, the model is a ViT of width 64, 4 blocks, 4 heads on 16
 patches, trained with AdamW at batch size 100, one epoch of warm-up and a cosine decay, without augmentation. EWA: 4
 experts in every block that start as copies of the dense FFN, constant share rate 0.001 ("no pull": 0, averaged at the
@@ -17,15 +17,15 @@ are scored once, on the test set. NLL: mean negative log-likelihood. ECE: expect
 Differences "to dense" are paired over equal seeds. Runs were made with two versions of torch and two kernels of
 attention (torch's fused one with 2.15, timm's plain one with 2.14); the last line names the versions. Pairs are of one
 such kind unless it says otherwise below.
-'''
+"""
 SETS = dict(
-    fashion='''
+    fashion="""
 `fashion` is Fashion-MNIST, 5,000 of its training images held out for choices; the test set is the official one.
-''',
-    glyphs='''
+""",
+    glyphs="""
 `glyphs` are 271 characters in the fonts of Debian's packages, 32x32, read as grey, with test fonts that training never
 saw.
-''')
+""")
 
 
 def page(results: str) -> str:

@@ -116,7 +116,7 @@ def test_subset_is_even_over_classes_and_can_keep_some(tmp_path):
         data.subset(MINI / 'val.tar', 1001, tmp_path / 'd.tar')
     assert sorted(counts(data.subset(MINI / 'val.tar', 23, tmp_path / 'e.tar')).values()) == [2] * 7 + [3] * 3
     some = sorted(counts(MINI / 'val.tar'))[1:4]
-    assert counts(data.subset(MINI / 'val.tar', 9, tmp_path / 'b.tar', some)) == {name: 3 for name in some}
+    assert counts(data.subset(MINI / 'val.tar', 9, tmp_path / 'b.tar', some)) == dict.fromkeys(some, 3)
     assert counts(data.subset(MINI / 'val.tar', None, tmp_path / 'c.tar', some[:1])) == {some[0]: 100}
 
 

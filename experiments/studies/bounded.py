@@ -57,21 +57,21 @@ STUDY = Study(
     cost='60 runs, 1 hour',
     runs=runs,
     tables=tables,
-    setup='''
+    setup="""
 A share rate that needs no tuning was hoped for: after each step, pull each layer's experts just as much as keeps their
 relative distance to their mean within a bound (`bounded_share_rate` in [baselines.py](../baselines.py); ours, not the
 paper's).
 
 Constant rates at the usual learning rate are those of [share_rate](share_rate-fashion.md).
-''',
+""",
     notes=dict(
-        fashion=Notes(title='Fashion-MNIST', setup='''
+        fashion=Notes(title='Fashion-MNIST', setup="""
 Three seeds. Bounds of seeds 1 and 2 ran with torch 2.14, the constant rates at the usual learning rate with 2.15.
-''', reading='''
+""", reading="""
 No bound wins or ties everywhere. Over 10 epochs the tightest is the best of them and still behind a rate of 0.1, which
 keeps experts closer yet: by 2.3 points (0.8 to 3.9) of top-1 with the small learning rate, by 0.7 (-0.4 to +1.9) with
 the usual one. Over 40 epochs the loosest does as no pull does (with the small learning rate experts never get as far
 apart as it allows, nor as 0.15), and by loss the tightest is the worst at both learning rates. A bound has to be tuned
 to the run as a rate has, so it is no default and no part of the package.
-'''),
+"""),
     ))

@@ -77,16 +77,16 @@ STUDY = Study(
     cost='215 runs, 1 hour',
     runs=runs,
     tables=tables,
-    setup='''
+    setup="""
 A dense model is trained for 4 epochs on all images of five classes and fine-tuned for 30 epochs at batch size 50 on 100
 or 500 images of the five others, with a new classifier; experts start as copies. Each variant had the same learning
 rates (0.0005, 0.002, and on 500 images 0.004, for seeds 3 to 9) and shows the best one by mean validation top-1 over
 the seeds that all rates have. Test images are those of the five classes. Below dense: paired differences to it.
-''',
+""",
     notes=dict(
-        fashion=Notes(title='Fashion-MNIST', setup='''
+        fashion=Notes(title='Fashion-MNIST', setup="""
 Ten seeds on 500 images (the largest learning rate: seven), five on 100.
-''', reading='''
+""", reading="""
 - On 500 images (ten seeds) every form of EWA is better than the dense model on average, by 0.4 to 0.6 points, and the
   interval lies above 0 for the partition without pull, for share rates 0.001 and 0.01, and for 0.001 with drop-path.
   The loss falls too, by 0.04 to 0.07 in these four.
@@ -100,5 +100,5 @@ Ten seeds on 500 images (the largest learning rate: seven), five on 100.
 
 So the paper's claim for fine-tuning is reproduced in direction, on one small model and data set; the pull has no part
 in it.
-'''),
+"""),
     ))

@@ -73,15 +73,15 @@ STUDY = Study(
     cost='85 runs, 1.8 hours',
     runs=runs,
     tables=tables,
-    setup='''
+    setup="""
 8 experts, 2 a token, in every second block, started as copies; pulled at several rates. "Averaged": each layer of the
 trained MoE replaced by the mean of its experts, nothing trained after.
-''',
+""",
     notes=dict(
-        fashion=Notes(title='Fashion-MNIST', setup='''
+        fashion=Notes(title='Fashion-MNIST', setup="""
 2,000 images, 40 epochs, learning rate 0.002, weight decay 0.05. Five seeds; rising rates and longer trainings two. Some
 runs shared the machine with others: their times are no benchmark.
-''', reading='''
+""", reading="""
 - This MoE is no better than the dense model: -0.1 points (-1.2 to +1.0) without pulls, at 1.7 times the training time.
 - Pulls do not hurt it. At a share rate of 0.01 they lower its loss by 0.14 (0.09 to 0.18), at 0.1 by 0.09; top-1 does
   not change beyond the noise. (With three seeds the gain at 0.1 had looked certain, +0.38, 0.25 to 0.50; five say
@@ -94,5 +94,5 @@ runs shared the machine with others: their times are no benchmark.
 - Pulling in the first half only (perhaps what the paper calls early EWA) does not lower the MoE's own loss and leaves a
   cost of 1.1 points, though its average has the lowest loss of all, 0.84; rates that rise to 0.003 or 0.01 are no
   better than constant ones.
-'''),
+"""),
     ))

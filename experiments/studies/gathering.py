@@ -3,14 +3,26 @@ import math
 import statistics
 from typing import Dict, Iterator, List
 
-from ewa.gathering import METHODS
 from ewa.distillation import benefit_kept
+from ewa.gathering import METHODS
 
 from ..data import classes_of, subset
 from ..runner import Run
 from ..setting import EWA, Notes, Setting, Study
-from ..tables import Lines, by_seed, mean_se, paired, provenance, scored, select, standard_error, table, unique, \
-    with_interval, wrap
+from ..tables import (
+    Lines,
+    by_seed,
+    mean_se,
+    paired,
+    provenance,
+    scored,
+    select,
+    standard_error,
+    table,
+    unique,
+    with_interval,
+    wrap,
+)
 from .whole import best_rate
 
 
@@ -131,19 +143,19 @@ STUDY = Study(
     runs=runs,
     tables=tables,
     raw=('fashion6',),
-    setup='''
+    setup="""
 The teacher has 8 experts, 2 a token, in every second block or in all, started as copies. With full-width experts
 `do_acp` keeps a single one, so it is not the published method here. Distillation: one epoch over the given number of
 training images (288,000 and 864,000: four and twelve over all), temperature 2, label and KL terms weighted half each, a
 quarter of the teacher's learning rate (random start: all of the dense model's).
-''',
+""",
     notes=dict(
-        glyphs=Notes(title='glyphs, FFNs as wide as the model', setup='''
+        glyphs=Notes(title='glyphs, FFNs as wide as the model', setup="""
 All 72,086 training images, 12 epochs, width 16, MoEs in all blocks; learning rate 0.032 for MoE and dense model, the
 best of each in [whole](whole-glyphs.md). "Dense, longer": 30 epochs, about the time that the MoE takes. 864,000 images:
 twelve epochs. Three seeds; the longer dense model and less than an epoch of distillation two; no pulled MoE and no EWA
 yet, no random start over twelve epochs.
-''', reading='''
+""", reading="""
 - Here the MoE has a benefit over a dense model of equal epochs: 3.45 points (0.5 to 6.4, three seeds), for 2.7 times
   its training time. The dense model trained as long as that in time is 1.2 points better than the MoE (1.6 and 0.8, two
   seeds).
@@ -154,8 +166,8 @@ yet, no random start over twelve epochs.
   at 80.0, 0.6 above it (0.6 below to 1.8 above; ahead in each seed): the gathered start has no advantage over it that
   was seen. (Training the dense model for 30 epochs instead gives 83.0, more than the MoE has.)
 - A gathered start is still worth much against a random one: 43 % after four epochs where `aligned` has 78.
-'''),
-        glyphs4=Notes(title='glyphs, FFNs four times as wide, an earlier setting', setup='''
+"""),
+        glyphs4=Notes(title='glyphs, FFNs four times as wide, an earlier setting', setup="""
 Nobody can go on with this setting: the study now takes narrow FFNs and MoEs in all blocks. The page stays because two
 verdicts rest on it: that a MoE with wide FFNs has no benefit over a dense model here, and what pulls cost a gated MoE
 on glyphs.
@@ -165,7 +177,7 @@ the dense models and EWA, the dense model's best ([whole](whole-glyphs.md); EWA'
 0.01. "Dense, longer": 22 epochs, about the time that the MoE takes.
 
 Seeds 0 and 1; the gated MoEs, the dense model and the row right after gathering also seed 2.
-''', reading='''
+""", reading="""
 - The teachers are 1.2 and 0.9 points better than the dense model (seeds 0 and 1) and 2.7 worse (seed 2): no benefit
   that is certain. The dense model trained as long as they take is 1.7 points above them (two seeds). What follows is of
   use to those who own only the MoE.
@@ -180,5 +192,5 @@ Seeds 0 and 1; the gated MoEs, the dense model and the row right after gathering
   0.3 points. Our reading: with equal experts it is a dense model at the learning rate of the MoE, half of what suits a
   dense model here (in [the study of rates](whole-glyphs.md) one reached 80.6 at it; the pulled MoEs, 80.9 in the mean).
   What a share rate between 0 and 0.01 keeps was not measured.
-'''),
+"""),
     ))

@@ -196,20 +196,20 @@ STUDY = Study(
     runs=runs,
     tables=tables,
     figures=figures,
-    setup='''
+    setup="""
 Flags of `tune`: those of the long training there for the long trainings of each size, those of the short one for the
 short ones. Whole-image partition and experts in every second block use those of EWA, static fusion (the mean of the
 experts in the forward pass too) those of learned fusion, and "half FFN lr", a dense model whose FFNs learn at half the
 rate, those of full pull.
-''',
+""",
     notes=dict(
-        fashion=Notes(title='Fashion-MNIST', setup='''
+        fashion=Notes(title='Fashion-MNIST', setup="""
 Tuned on 2,000 images and used so on 500 and 8,000 too.
 
 Runs of torch 2.14 are paired with dense models of 2.15 at 2,000 x 40: experts in every second block, whole images,
 fusion, full pull and half FFN learning rate. What was added last ran on another CPU than its dense models: experts in
 every second block everywhere, whole images and fusion on 500 and 8,000 images.
-''', reading='''
+""", reading="""
 - Trained until it overfits (2,000 x 40), EWA is a regulariser: loss and calibration error at the last epoch fall, and
   add to what drop-path gives. Most of that is less overfitting late in training: where validation loss is lowest the
   difference is a third of it or less.
@@ -254,12 +254,12 @@ every second block everywhere, whole images and fusion on 500 and 8,000 images.
   6 points, with drop-path on both sides; with experts in every second block by 9, without), and the partition without
   pull, at the dense model's learning rate, less or equally. Sharpness can't be compared well, since training losses
   differ several-fold.
-'''),
-        glyphs=Notes(title='glyphs', setup=NARROW + '''
+"""),
+        glyphs=Notes(title='glyphs', setup=NARROW + """
 It was tuned on 8,000 images (30 of each class) and is used so on 2,000 and 32,000 too. "No pull" got another learning
 rate and weight decay than EWA and the dense model. Five seeds. Times were taken while tests ran on the same two cores,
 so their ratios are rough.
-''', reading='''
+""", reading="""
 - EWA with experts in all blocks is far worse than the dense model: by 18.7 points (9.5 to 27.9) on 8,000 images, by
   11.0 (6.9 to 15.2) on 32,000, in the long trainings; with drop-path on both sides by 13.3 (7.7 to 18.9) and 12.6 (8.0
   to 17.2). It has not fitted the training images: on 8,000 its loss on them is 0.95 above the dense model's 1.12.
@@ -289,5 +289,5 @@ so their ratios are rough.
   -12.3 to +3.2).
 - On 8,000 x 36 and 32,000 x 6 seeds differ by 10 to 13 points of top-1 (standard deviation), so only large differences
   can be seen there.
-'''),
+"""),
     ))

@@ -162,18 +162,18 @@ STUDY = Study(
     runs=runs,
     tables=tables,
     figures=figures,
-    setup='''
+    setup="""
 Learning rate 0.002 (glyphs: 0.016), weight decay 0.05, no drop-path. In `eval()` the MoE computes with the mean of its
 experts, so its accuracy is that of its dense form. "The MoE itself" sends each test token through a random expert, as
 in training, on a quarter of the test set, and is compared with the dense form there. Distance: of the experts to their
 mean at the end, relative to its norm.
-''',
+""",
     notes=dict(
-        fashion=Notes(title='Fashion-MNIST', setup='''
+        fashion=Notes(title='Fashion-MNIST', setup="""
 Copies and dense models: three seeds; independent starts, numbers, places and schedules: two; 160 epochs: one. The dense
 models ran with torch 2.14, most EWA runs with 2.15, and most of the rising share rates on another CPU than the dense
 models.
-''', reading='''
+""", reading="""
 - Doubt 1, "pulling experts together costs the MoE its advantage": started as copies, the MoE itself and its dense form
   differ by at most 0.7 points, mostly in favour of the dense form. Conversion costs next to nothing here, and this kind
   of MoE has no advantage to lose. (It is not so everywhere: without pulls on [8,000 glyphs](main-glyphs.md) experts end
@@ -195,11 +195,11 @@ models.
   against +0.3, NLL -0.09 against -0.06; the same seed).
 - Doubt 2, "what do experts learn": they move apart while the learning rate is high, to a pairwise cosine of 0.8 without
   pull and 0.86 at rate 0.001; the pull then closes the gap as the learning rate falls. Layers behave alike.
-'''),
-        glyphs=Notes(title='glyphs', setup=NARROW + '''
+"""),
+        glyphs=Notes(title='glyphs', setup=NARROW + """
 8,000 images, 36 epochs, learning rate 0.016 and weight decay 0.05. Two seeds; neither was tuned for this: by
 [main](main-glyphs.md) a larger weight decay is better for all.
-''', reading='''
+""", reading="""
 - Large rates are right here: from none to 0.1 accuracy rises from 3 % to 29, 1.2 points below the dense model; at 0.75
   it is 24 %. At 0.1 experts are nearly equal, so the model nearly is a dense one. Our reading: what is lost here is
   lost to the noise of the partition, which a narrow model can ill afford, and not to the pull.
@@ -209,5 +209,5 @@ models.
 - Where experts are matters as much as the rate: in every second block (the package's default) EWA at 0.001 is 3.4
   points below the dense model, in all blocks 17. (In the last two blocks one seed is level with it, and one hardly
   learnt.)
-'''),
+"""),
     ))

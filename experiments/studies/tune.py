@@ -14,13 +14,13 @@ FAMILIES: Dict[str, Tuple[Flags, str]] = {
     'full pull': (dict(EWA, **{'share-rate': .75}), ''),
 }
 
-NARROW = '''
+NARROW = """
 On glyphs the model of the studies `main`, `tune` and `share_rate` has width 16, the mean of all patches instead of a
 class token, and first weights drawn by the size of each matrix (timm's `weight_init='jax'`; the usual standard
 deviation of 0.02 is little for so narrow a layer). With a class token and the usual first weights learning starts late
 on this set in these trainings, and at such different times that seeds hide all else. (The longer trainings on all
 images, [whole](whole-glyphs.md) and [gathering](gathering-glyphs.md), have both.)
-'''
+"""
 
 
 def runs(s: Setting) -> Iterator[List[Run]]:
@@ -89,7 +89,7 @@ STUDY = Study(
     cost='60 runs, 0.9 hours',
     runs=runs,
     tables=tables,
-    setup='''
+    setup="""
 Each family got the same six runs for each length of training, seed 100: three learning rates, then a larger weight
 decay, then two rates of drop-path, each step from the best so far by validation top-1 (equal ones by validation loss).
 "Learned fusion" is weight fusion with learned coefficients, after ExFusion (arXiv 2603.27965) and written from its
@@ -98,21 +98,21 @@ abstract; its experts start independent, since with copies it is the dense model
 This is a thin search: one seed, 5,000 validation images (standard error of a top-1 about 0.6 points). So families
 differ in their flags, and what a table says of one against another is of method and flags together. Neither the share
 rate of EWA, 0.001, nor EMA's decay, 0.998, was searched here.
-''',
+""",
     notes=dict(
-        fashion=Notes(title='Fashion-MNIST', setup='''
+        fashion=Notes(title='Fashion-MNIST', setup="""
 Over 40 and over 10 epochs on 2,000 images.
-''', reading='''
+""", reading="""
 Over 40 epochs the largest weight decay and drop-path were chosen everywhere, the smallest learning rate for EWA and the
 largest for learned fusion and full pull; over 10 epochs the smallest learning rate for dense and no pull. The share
 rate of EWA, 0.001, comes from an earlier pilot that compared rates on test images of this very data set, an advantage
 of EWA over its rivals.
-'''),
-        glyphs=Notes(title='glyphs', setup=NARROW + '''
+"""),
+        glyphs=Notes(title='glyphs', setup=NARROW + """
 Over 36 and over 12 epochs on 8,000 images. The short trainings of dense, EWA and no pull have seven or nine runs: three
 that were made with larger learning rates, up to 0.064, gave less and were removed, and the search was made again from
 the smaller ones.
-''', reading='''
+""", reading="""
 The smallest learning rate was chosen for no pull and learned fusion at both lengths and for full pull at the short one.
-'''),
+"""),
     ))

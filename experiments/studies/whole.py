@@ -54,22 +54,22 @@ STUDY = Study(
     cost='31 runs, 2.4 hours',
     runs=runs,
     tables=tables,
-    setup='''
+    setup="""
 8 experts, 2 a token, in every second block, started as copies, against a dense model on all training images, over
 learning rates, with narrow models (width 16 or 32), where capacity should count most, and with width 64. A MoE that is
 no better has nothing that conversion could keep.
-''',
+""",
     notes=dict(
-        fashion=Notes(title='Fashion-MNIST', setup='''
+        fashion=Notes(title='Fashion-MNIST', setup="""
 Without EWA.
-''', reading='''
+""", reading="""
 The MoE of width 16 leads by 1.0 point of validation top-1 (0.4 on the test set) for 1.5 times the training time; at
 width 64 the two are level. One run a line.
-'''),
-        glyphs=Notes(title='glyphs', setup='''
+"""),
+        glyphs=Notes(title='glyphs', setup="""
 EWA (4 experts in all blocks, share rate 0.001) at the narrowest. Also with FFNs no wider than the model ("FFN width /
 width" 1 instead of 4), there with MoEs in all blocks too. Of the largest rate the dense models only.
-''', reading='''
+""", reading="""
 - How much better the MoE is depends on the learning rate. On glyphs with width 32 it leads by 8.6 points of validation
   top-1 at 0.004 and is 1.8 behind at 0.016; with width 64 it is 0.8 behind at 0.004, where it led by 18 at 0.001. An
   earlier version of this page stopped at that rate and reported the lead; those tables are withdrawn. With width 16
@@ -85,5 +85,5 @@ width" 1 instead of 4), there with MoEs in all blocks too. Of the largest rate t
 EWA is far behind on glyphs at each rate tried, and at its best: 67 % where that model has 83 (test). Our reading: the
 dense model's validation loss falls to the last epoch, so there is nothing to regularise, and experts that see a quarter
 of the tokens learn more slowly. Other share rates, fewer experts or layers were not tried on all images.
-'''),
+"""),
     ))
