@@ -31,10 +31,10 @@ def distances_to_mean(model: nn.Module) -> Dict[str, float]:
             continue
         mean = mean_state(layer.experts)
         squares = [
-            sum((p.float() - mean[key].float()).square().sum() for key, p in expert.named_parameters())
+            torch.stack([(p.float() - mean[key].float()).square().sum() for key, p in expert.named_parameters()]).sum()
             for expert in layer.experts
         ]
-        norm = sum(mean[key].float().square().sum() for key, _ in layer.experts[0].named_parameters())
+        norm = torch.stack([mean[key].float().square().sum() for key, _ in layer.experts[0].named_parameters()]).sum()
         result[name] = float((torch.stack(squares).mean() / norm.clamp(min=1e-30)).sqrt())
     return result
 

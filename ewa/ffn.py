@@ -9,7 +9,7 @@ the two-layer perceptrons of classifiers and relative position biases, whose out
 """
 import re
 from copy import deepcopy
-from typing import Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Sequence, Union
 
 import torch
 from torch import Tensor, nn
@@ -51,17 +51,15 @@ def read_ffn(ffn: nn.Module) -> FFNWeights:
             f'fc1_x) and fc2 and no other parameters than those of a norm.')
     hidden = ffn.fc2.in_features
 
-    def grouped(name: str) -> Optional[Tensor]:
+    def grouped(name: str) -> Tensor:
         parts = [getattr(getattr(ffn, layer), name) for layer in _inputs(ffn)]
-        if parts[0] is None:
-            return None
         return torch.cat([part.detach().reshape(-1, hidden, *part.shape[1:]) for part in parts])
 
     norm = [p.detach() for p in ffn.norm.parameters()] if hasattr(ffn, 'norm') else []
     return FFNWeights(
         up=grouped('weight'),
         down=ffn.fc2.weight.detach(),
-        up_bias=grouped('bias'),
+        up_bias=None if getattr(ffn, _inputs(ffn)[0]).bias is None else grouped('bias'),
         down_bias=None if ffn.fc2.bias is None else ffn.fc2.bias.detach(),
         norm=torch.stack(norm) if norm else None,
     )
@@ -139,22 +137,23 @@ def select_ffns(model: nn.Module, layers: Union[str, Sequence[int]]) -> List[str
         raise ValueError(
             f'{type(model).__name__} has FFNs but no numbered blocks, so layers={layers!r} can\'t count them; give a '
             f'regular expression. There are: {", ".join(names)}.')
+    indices: List[Any]
     if isinstance(layers, str):
         kind, _, count = layers.partition(':')
         if kind != 'all' and not (count.isdigit() and 1 <= int(count) <= len(blocks)):
             raise ValueError(f'layers={layers!r}: K must be between 1 and the number of blocks {len(blocks)}.')
         if kind == 'every':
-            indices = range(int(count) - 1, len(blocks), int(count))
+            indices = list(range(int(count) - 1, len(blocks), int(count)))
         else:
-            indices = range(len(blocks) - int(count) if kind == 'last' else 0, len(blocks))
+            indices = list(range(len(blocks) - int(count) if kind == 'last' else 0, len(blocks)))
+    elif not isinstance(layers, Sequence):
+        raise ValueError(f'layers={layers!r} is neither every:K, last:K, all, a list of indices nor a pattern.')
     else:
-        if not isinstance(layers, Sequence):
-            raise ValueError(f'layers={layers!r} is neither every:K, last:K, all, a list of indices nor a pattern.')
         indices = list(layers)
         bad = [i for i in indices if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < len(blocks)]
         if bad or not indices:
             raise ValueError(
                 f'layers={indices}: {bad[0] if bad else "an empty list"} is not a block index between 0 and '
                 f'{len(blocks) - 1}.')
-    chosen = {blocks[i] for i in indices}
-    return [name for name in names if block_of(name) in chosen]
+    chosen_blocks = {blocks[i] for i in indices}
+    return [name for name in names if block_of(name) in chosen_blocks]

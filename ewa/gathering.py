@@ -9,7 +9,7 @@ is computed in float32 and cast back at the end. `METHODS` has one record a meth
 Sources: OneS (https://arxiv.org/abs/2201.10890) for sum, average, Top-KG and SVD-KG; DO-ACP
 (https://arxiv.org/abs/2605.28207) for the scoring and the selection of experts.
 """
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -85,7 +85,7 @@ def concatenate(parts: Sequence[FFNWeights]) -> FFNWeights:
         raise ValueError(
             f'{len(parts)} FFNs with a norm over the hidden units cannot be put side by side: the norm would run over '
             f'all of their units. Use average, or keep one expert with prune.')
-    result = _map_fields(wide, lambda name, ts: sum(ts) if name == 'down_bias' else torch.cat(ts, dim=1))
+    result = _map_fields(wide, lambda name, ts: _sum(ts) if name == 'down_bias' else torch.cat(ts, dim=1))
     return _like(result, parts[0])
 
 
@@ -131,7 +131,7 @@ def total(experts: Sequence[FFNWeights], rescale: bool = False) -> FFNWeights:
         ValueError: When the experts do not fit each other.
     """
     wide = _check(experts)
-    result = _map_fields(wide, lambda name, ts: mean(ts) if name == 'norm' else sum(ts))
+    result = _map_fields(wide, lambda name, ts: mean(ts) if name == 'norm' else _sum(ts))
     if rescale:
         result = _rescale(result, wide, ('up', 'up_bias', 'down', 'down_bias'))
     return _like(result, experts[0])
@@ -296,11 +296,11 @@ def do_acp_select(
 
     left = kernel.diagonal().clone()
     factor = kernel.new_zeros(k, num_experts)
-    chosen = []
+    chosen: List[int] = []
     for step in range(k):
         gain = left.clone()
         gain[chosen] = -float('inf')
-        best = gain.argmax().item()
+        best = int(gain.argmax())
         chosen.append(best)
         # With lam = 0 an expert that is a combination of the chosen ones has nothing left to explain.
         if left[best] > 0:
@@ -332,7 +332,7 @@ def combine(
     wide = _check(parts, equal_hidden=False)
     scales = [1.] * len(shared) + _vector('scales', scales, len(routed)).tolist()
     scaled = [
-        _map_fields([part], lambda name, t: t[0] * scale if name in ('down', 'down_bias') else t[0])
+        replace(part, down=part.down * scale, down_bias=None if part.down_bias is None else part.down_bias * scale)
         for part, scale in zip(wide, scales)
     ]
     return _like(concatenate(scaled), parts[0])
@@ -436,6 +436,10 @@ def mean(tensors: Sequence[Tensor], weights: Optional[Sequence[float]] = None) -
     weights = weights or [1 / len(tensors)] * len(tensors)
     first = tensors[0].to(torch.promote_types(tensors[0].dtype, torch.float32))
     return (first + sum(w * (t.to(first.dtype) - first) for t, w in zip(tensors[1:], weights[1:]))).to(tensors[0].dtype)
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    return sum(tensors, tensors[0].new_zeros(()))
 
 
 def _shares(count: int, num_experts: int) -> List[int]:

@@ -44,7 +44,9 @@ HOSTS = {
 
 def _cfg(host: str) -> Dict[str, Any]:
     # the host's input and classifier, without its weights
-    return {k: v for k, v in get_pretrained_cfg(host).to_dict().items() if k not in WEIGHT_CFG and k != 'architecture'}
+    cfg = get_pretrained_cfg(host)
+    assert cfg is not None  # timm has all of HOSTS
+    return {k: v for k, v in cfg.to_dict().items() if k not in WEIGHT_CFG and k != 'architecture'}
 
 
 default_cfgs = generate_default_cfgs({name: _cfg(host) for name, host in HOSTS.items()})
