@@ -9,42 +9,301 @@ Writes under OUTPUT/EXPERIMENT: args.yaml, summary.csv, TensorBoard events, chec
 folders last/ and best/. These hold the MoE; `python convert.py OUTPUT/EXPERIMENT/best --output DIR` makes the plain
 ViT.
 """
-import json
+import argparse
 import logging
-import math
 import sys
-import time
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, Optional, Sequence
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, broadcast_object_list
 from timm.data import Mixup
-from timm.data.model_config import resolve_input_data_config
 from timm.loss import create_classification_loss
-from timm.models import get_model_args, get_model_input_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.utils import ModelEmaV3, trim_summary, update_summary
-from torch.utils.data import IterableDataset
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from timm.task import LogitDistillationTask
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, IterableDataset
 
 import ewa
 from ewa import checkpoint as ckpt
-from ewa.data import SeededDataset, check_classes, class_names, eval_loader, open_dataset, seed_all, train_loader
-from ewa.diagnostics import diagnose, similarity_figure, usage_figure
-from ewa.distillation import TeacherView, benefit_kept, distillation_task, forward_flops, load_teacher
-from ewa.exporting import write_folder
+from ewa.averaging import RatePolicy
+from ewa.data import EpochLength, SeededDataset, check_classes, class_names, epoch_length, eval_loader, make_mixup, \
+    open_dataset, preparation, seed_all, set_epoch, train_loader
+from ewa.distillation import TeacherView, check_weights, distillation_task, forward_flops
+from ewa.foreign import foreign
+from ewa.logbook import Logbook, say
 from ewa.moe import is_random, moe_layers
-from ewa.options import build_model, train_parser
+from ewa.options import train_parser
+from ewa.sources import build_model, load_teacher
+
+
+@dataclass
+class Run:
+    """What a run is made of.
+
+    Args:
+        args: Options, with everything resolved that they leave open.
+        plain_model: Holds the parameters, whatever wraps it.
+        model: What is called in training.
+        optimizer: Of its parameters.
+        scheduler: Sets the learning rate.
+        averager: Pulls the experts; None for a dense model.
+        criterion: Label loss.
+        mixup: Mixes the images of a batch; None if they stay apart.
+        train_batches: Training loader.
+        val_batches: Validation loader.
+        length: Of an epoch.
+        epochs: Of the run.
+        state: Where it stands.
+        resume_from: Checkpoint it goes on from.
+        flops_per_image: Of training, the teacher's forward pass included.
+        teacher: To distil from.
+        task: Distillation in the place of `criterion`, once everything is on its device.
+        ema: Moving average of the weights.
+    """
+    args: argparse.Namespace
+    plain_model: nn.Module
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: Scheduler
+    averager: Optional[ewa.ExpertAverager]
+    criterion: nn.Module
+    mixup: Optional[Mixup]
+    train_batches: DataLoader
+    val_batches: DataLoader
+    length: EpochLength
+    epochs: int
+    state: ckpt.RunState
+    resume_from: Optional[Path]
+    flops_per_image: float
+    teacher: Optional[nn.Module] = None
+    task: Optional[LogitDistillationTask] = None
+    ema: Optional[ModelEmaV3] = None
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """accelerate's view of devices and processes, for the precision and accumulation that the flags ask for."""
+    with foreign(f'--amp --amp-dtype {args.amp_dtype} is not possible here'):
+        return Accelerator(
+            mixed_precision={'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else None,
+            gradient_accumulation_steps=args.grad_accum_steps,
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+            step_scheduler_with_optimizer=False,
+        )
+
+
+def make_optimizer(model: nn.Module, args: argparse.Namespace, images: int, create: Callable) -> Optimizer:
+    """The optimizer; sets `args.lr` for `images` an update where it was left open."""
+    if args.lr is None:
+        scale = args.lr_base_scale or ('sqrt' if any(o in args.opt for o in ('ada', 'lamb', 'lion')) else 'linear')
+        ratio = images / args.lr_base_size
+        args.lr = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
+    with foreign(f'--opt {args.opt} with --opt-kwargs {args.opt_kwargs} can\'t be made'):
+        return create(model, **optimizer_kwargs(args), **args.opt_kwargs)
+
+
+def make_averager(
+        model: nn.Module,
+        optimizer: Optimizer,
+        args: argparse.Namespace,
+        updates_per_epoch: int,
+        epochs: int,
+        share_rate: Optional[RatePolicy] = None,
+) -> Optional[ewa.ExpertAverager]:
+    """The pull of the experts after each step of the optimizer, None without experts; sets `args.share_rate`.
+
+    A policy takes the place of `--share-rate` and of its schedule.
+    """
+    layers = [layer for _, layer in moe_layers(model)]
+    if not layers:
+        if args.share_rate:
+            raise ValueError(f'--share-rate {args.share_rate}: {args.model} has no experts; give --num-experts N.')
+        return None
+    if share_rate is not None:
+        averager = ewa.ExpertAverager(model, share_rate, every=args.share_every)
+    else:
+        if args.share_rate is None:
+            args.share_rate = 1e-3 if any(is_random(layer) for layer in layers) else 0.
+        warmup = epochs if args.share_warmup_epochs is None else args.share_warmup_epochs
+        averager = ewa.ExpertAverager(
+            model, args.share_rate, args.share_schedule, every=args.share_every,
+            total_steps=max(1, round(warmup * updates_per_epoch)),
+            stop_after=None if args.share_stop_epoch is None else round(args.share_stop_epoch * updates_per_epoch))
+    try:
+        averager.attach(optimizer)
+    except TypeError as e:  # an optimizer without hooks
+        raise ValueError(f'--opt {args.opt} can\'t be used with experts: {e}') from e
+    return averager
+
+
+def make_criterion(args: argparse.Namespace, soft_targets: bool) -> nn.Module:
+    """The label loss."""
+    bce = dict(bce_sum=args.bce_sum, bce_target_thresh=args.bce_target_thresh) if args.bce_loss else {}
+    with foreign(f'The loss can\'t be made with --smoothing {args.smoothing}, {bce}'):
+        return create_classification_loss(
+            'bce' if args.bce_loss else 'ce', smoothing=args.smoothing, soft_targets=soft_targets, **bce)
+
+
+def build(
+        args: argparse.Namespace,
+        num_processes: int,
+        resume_from: Optional[Path] = None,
+        open_dataset: Callable = open_dataset,
+        create_optimizer: Callable = create_optimizer_v2,
+        share_rate: Optional[RatePolicy] = None,
+) -> Run:
+    """Everything of a run, without writing anything.
+
+    Raises:
+        ValueError, OSError: What a user can get wrong.
+    """
+    train_set = open_dataset(args, args.train_split, is_training=True, in_chans=args.in_chans or 3)
+    val_set = open_dataset(args, args.val_split, is_training=False, in_chans=args.in_chans or 3)
+    args.num_classes = check_classes(train_set, val_set, args.num_classes)
+    names = class_names(train_set)
+
+    seed_all(args.seed, 0)
+    model = build_model(args)
+    data_config = preparation(model, args)
+    model.pretrained_cfg = dict(model.pretrained_cfg, mean=data_config['mean'], std=data_config['std'])
+    flops_per_image = 3 * forward_flops(model, data_config['input_size'])  # backward: about twice the forward
+    teacher = None
+    if args.teacher:
+        check_weights(args)
+        teacher, flops = load_teacher(args.teacher, model.num_classes, data_config['input_size'])
+        flops_per_image += flops
+
+    if not isinstance(train_set, IterableDataset):
+        train_set = SeededDataset(train_set, args.seed)
+    train_batches = train_loader(train_set, args, data_config)
+    val_batches = eval_loader(val_set, args, data_config)
+    length = epoch_length(train_batches, args, num_processes)
+    mixup = make_mixup(args, args.num_classes)
+    criterion = make_criterion(args, soft_targets=mixup is not None)
+
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    optimizer = make_optimizer(model, args, args.batch_size * num_processes * args.grad_accum_steps, create_optimizer)
+    with foreign(f'--sched {args.sched} can\'t be made'):
+        scheduler, epochs = create_scheduler_v2(
+            optimizer, **scheduler_kwargs(args), updates_per_epoch=length.updates)
+    averager = make_averager(model, optimizer, args, length.updates, epochs, share_rate)
+
+    called = model
+    if args.torchcompile:
+        with foreign(f'--torchcompile {args.torchcompile} --torchcompile-mode {args.torchcompile_mode}'):
+            called = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+    state = ckpt.start(model, args, names, data_config)
+    state.averager = averager.state_dict() if averager is not None else None
+    if resume_from is not None:
+        state = ckpt.resume(resume_from, state)
+    return Run(
+        args, model, called, optimizer, scheduler, averager, criterion, mixup, train_batches, val_batches, length,
+        epochs, state, resume_from, flops_per_image, teacher)
+
+
+def prepare(run: Run, accelerator: Accelerator) -> None:
+    """Put a run on its devices and where its checkpoint left off.
+
+    Raises:
+        ValueError: The checkpoint can't be read.
+    """
+    args, state = run.args, run.state
+    run.model, run.optimizer = accelerator.prepare(run.model, run.optimizer)
+    if not isinstance(run.train_batches.dataset, IterableDataset):  # timm's split themselves among processes
+        run.train_batches, run.val_batches = accelerator.prepare(run.train_batches, run.val_batches)
+    if run.teacher is not None:
+        run.task = distillation_task(
+            run.model, run.teacher.to(accelerator.device), run.criterion, args.kd_temperature,
+            args.distill_loss_weight, args.task_loss_weight, accelerator.device)
+    if args.model_ema:
+        run.ema = ModelEmaV3(run.plain_model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+    if run.resume_from is not None:
+        ckpt.load_checkpoint(accelerator, run.resume_from)
+        if run.averager is not None:
+            run.averager.load_state_dict(state.averager)
+        if run.ema is not None:
+            with foreign(f'The EMA weights of {run.resume_from} do not fit'):
+                run.ema.module.load_state_dict(ckpt.load_ema(run.resume_from))
+    if args.sched_on_updates:
+        run.scheduler.step_update(state.update)
+    else:
+        run.scheduler.step(state.epoch)
+
+
+def introduction(run: Run, accelerator: Accelerator) -> str:
+    """The line a run begins with."""
+    args, device = run.args, accelerator.device.type
+    device_name = torch.cuda.get_device_name() if device == 'cuda' else device
+    moe = [layer for _, layer in moe_layers(run.plain_model)]
+    rate = f'share rate {args.share_rate:g}' if args.share_rate is not None else 'share rate by a policy'
+    experts = f'{len(moe[0].experts)} experts in {len(moe)} FFNs, {rate}' if moe else 'dense'
+    counts = ['?' if isinstance(batches.dataset, IterableDataset) else len(batches.dataset)
+              for batches in (run.train_batches, run.val_batches)]
+    return (
+        f'{args.model}: {sum(p.numel() for p in run.plain_model.parameters()) / 1e6:.2f} M parameters, {experts}. '
+        f'{counts[0]} training and {counts[1]} validation images of {args.num_classes} classes. '
+        f'{accelerator.num_processes} x {device_name}, {run.epochs} epochs of {run.length.updates} updates, learning '
+        f'rate {args.lr:.3g}.')
+
+
+def train_epoch(run: Run, epoch: int, accelerator: Accelerator, book: Logbook) -> None:
+    """One pass over the training images."""
+    args, state = run.args, run.state
+    run.model.train()
+    set_epoch(run.train_batches, epoch)
+    if run.mixup is not None and args.mixup_off_epoch:
+        run.mixup.mixup_enabled = epoch < args.mixup_off_epoch
+    book.start_epoch(epoch)
+    for batch, (images, target) in enumerate(run.train_batches):
+        seed_all(args.seed, 2, accelerator.process_index, epoch, batch)
+        images, target = images.to(accelerator.device), target.to(accelerator.device)
+        if run.mixup is not None:
+            images, target = run.mixup(images, target)
+        with accelerator.accumulate(run.model):
+            with accelerator.autocast():
+                if run.task is not None:
+                    loss = run.task(images, target)['loss']
+                else:
+                    loss = run.criterion(run.model(images), target)
+                routing = ewa.routing_losses(run.plain_model)
+                if routing:
+                    loss = loss + args.balance_loss_weight * routing['load_balance']
+                    loss = loss + args.z_loss_weight * routing['z']
+            book.count(loss, len(images))
+            if batch >= run.length.batches - run.length.left_over:
+                loss = loss * (args.grad_accum_steps / run.length.left_over)  # accelerate divides by the former
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and args.clip_grad is not None:
+                clip = accelerator.clip_grad_norm_ if args.clip_mode == 'norm' else accelerator.clip_grad_value_
+                clip(run.plain_model.parameters(), args.clip_grad)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+
+        state.update += 1
+        if run.ema is not None:
+            run.ema.update(run.plain_model, step=state.update)
+        if args.sched_on_updates:
+            run.scheduler.step_update(state.update)
+        book.log_update(state.update, run.optimizer, run.averager, routing)
+    if not args.sched_on_updates:
+        run.scheduler.step(epoch + 1)
+    state.epoch = epoch + 1
+    state.count(book.images, book.seconds, run.flops_per_image)
 
 
 @torch.no_grad()
-def evaluate(model, loader, accelerator):
+def evaluate(model: nn.Module, loader: Iterable, accelerator: Accelerator) -> Dict[str, float]:
     """Mean cross-entropy, top-1 and top-5 in per cent over all processes, each image counted once."""
     training = model.training
     model.eval()
@@ -62,342 +321,90 @@ def evaluate(model, loader, accelerator):
     return dict(loss=loss / count, top1=100 * top1 / count, top5=100 * top5 / count)
 
 
-def main(argv=None):
+def validate(run: Run, accelerator: Accelerator) -> Dict[str, float]:
+    """Metrics of the eval form, for random partition exactly what will be exported, and `ema_` ones of the average."""
+    metrics = evaluate(run.model, run.val_batches, accelerator)
+    if run.ema is not None:
+        metrics.update({
+            f'ema_{key}': value for key, value in evaluate(run.ema.module, run.val_batches, accelerator).items()})
+    return metrics
+
+
+def main(
+        argv: Optional[Sequence[str]] = None,
+        *,
+        open_dataset: Callable = open_dataset,
+        create_optimizer: Callable = create_optimizer_v2,
+        share_rate: Optional[RatePolicy] = None,
+) -> Optional[Dict[str, Any]]:
+    """Train; a mistake of the user's ends in one line and exit code 2, before anything is written.
+
+    Args:
+        argv: Command line; default: that of the process.
+        open_dataset: Takes the place of `ewa.data.open_dataset`.
+        create_optimizer: Takes the place of timm's `create_optimizer_v2`.
+        share_rate: A policy for `ewa.ExpertAverager` that takes the place of `--share-rate` and its schedule.
+
+    Returns:
+        The best result, see `ewa.checkpoint.RunState`.
+    """
     parser = train_parser()
     args = parser.parse_args(argv)
     logging.getLogger('timm').setLevel(logging.WARNING)
     if not args.data_dir and not args.dataset:
         parser.error('no images: give --data-dir DIR (a folder with train/ and val/), or try the embedded sample with '
                      '-c configs/demo.yaml')
-
-    accelerator = Accelerator(
-        mixed_precision={'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else None,
-        gradient_accumulation_steps=args.grad_accum_steps,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-        step_scheduler_with_optimizer=False,
-    )
-    main_process = accelerator.is_main_process
+    try:
+        accelerator = make_accelerator(args)
+    except ValueError as e:
+        parser.error(str(e))
     name = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{args.model.split("/")[-1]}'
     experiment = Path(args.output) / broadcast_object_list([name])[0]  # clocks of machines differ
 
-    # everything a user can get wrong is found out here, before anything is written
     try:
-        resume_from = None
+        resume_from = ckpt.resume_point(experiment, args.resume, named=bool(args.experiment))
+        run = build(args, accelerator.num_processes, resume_from, open_dataset, create_optimizer, share_rate)
+        state = run.state
         if args.resume:
-            if not args.experiment:
-                raise ValueError('--resume needs --experiment NAME, the run to go on with.')
-            resume_from = (ckpt.checkpoints(experiment) or [None])[-1]
-        elif experiment.exists() and (not experiment.is_dir() or any(experiment.iterdir())):
-            raise ValueError(f'{experiment} exists: give another --experiment, or --resume to go on with it.')
-        train_set = open_dataset(args, args.train_split, is_training=True, in_chans=args.in_chans or 3)
-        val_set = open_dataset(args, args.val_split, is_training=False, in_chans=args.in_chans or 3)
-        args.num_classes = check_classes(train_set, val_set, args.num_classes)
-        names = class_names(train_set)
-        seed_all(args.seed, 0)
-        model = build_model(args)
-        in_chans = get_model_input_config(model)['input_size'][0]
-        if in_chans != (args.in_chans or 3):
-            raise ValueError(f'--model {args.model} takes images of {in_chans} channels: give --in-chans {in_chans}.')
-        data_config = resolve_input_data_config(model, vars(args))
-        model.pretrained_cfg = dict(model.pretrained_cfg, mean=data_config['mean'], std=data_config['std'])
-        flops_per_image = 3 * forward_flops(model, data_config['input_size'])  # backward: about twice the forward
-        teacher = None
-        if args.teacher:
-            for key, low in (('kd_temperature', 1e-6), ('distill_loss_weight', 0.), ('task_loss_weight', 0.)):
-                if vars(args)[key] is not None and vars(args)[key] < low:
-                    raise ValueError(f'--{key.replace("_", "-")} {vars(args)[key]} is too small.')
-            if args.distill_loss_weight is None and (args.task_loss_weight or 0.) > 1:
-                raise ValueError(
-                    f'--task-loss-weight {args.task_loss_weight}: alone it can be at most 1, the KL term gets the '
-                    'rest; or give --distill-loss-weight too.')
-            teacher = load_teacher(args.teacher, model.num_classes, data_config['input_size'][0])
-            try:
-                flops_per_image += forward_flops(teacher, data_config['input_size'])
-            except (AssertionError, RuntimeError) as e:
-                raise ValueError(f'--teacher {args.teacher} can\'t take the images of the student: {e}') from e
-        iterable = isinstance(train_set, IterableDataset)
-        if not iterable:
-            train_set = SeededDataset(train_set, args.seed)
-        train_batches = train_loader(train_set, args, data_config)
-        val_batches = eval_loader(val_set, args, data_config)
-        if not iterable and len(train_set) < args.batch_size * accelerator.num_processes:
-            raise ValueError(
-                f'{len(train_set)} training images do not fill one batch of --batch-size {args.batch_size} on '
-                f'{accelerator.num_processes} process(es).')
-
-        images_per_update = args.batch_size * accelerator.num_processes * args.grad_accum_steps
-        if args.lr is None:
-            scale = args.lr_base_scale or ('sqrt' if any(o in args.opt for o in ('ada', 'lamb', 'lion')) else 'linear')
-            ratio = images_per_update / args.lr_base_size
-            args.lr = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
-        if args.grad_checkpointing:
-            model.set_grad_checkpointing()
-        optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
-
-        batches_per_epoch = len(train_batches) if iterable else len(train_batches) // accelerator.num_processes
-        updates_per_epoch = math.ceil(batches_per_epoch / args.grad_accum_steps)
-        left_over = batches_per_epoch % args.grad_accum_steps  # micro-batches of the last update
-        if iterable and left_over:  # only of others accelerate sees the end coming
-            raise ValueError(
-                f'An epoch of {batches_per_epoch} batches is no multiple of --grad-accum-steps '
-                f'{args.grad_accum_steps}: give another --train-num-samples.')
-        scheduler, epochs = create_scheduler_v2(
-            optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)
-
-        averager = None
-        if any(moe_layers(model)):
-            if args.share_rate is None:
-                args.share_rate = 1e-3 if any(is_random(layer) for _, layer in moe_layers(model)) else 0.
-            averager = ewa.ExpertAverager(
-                model, args.share_rate, args.share_schedule, every=args.share_every,
-                total_steps=max(1, round(updates_per_epoch * (
-                    epochs if args.share_warmup_epochs is None else args.share_warmup_epochs))),
-                stop_after=None if args.share_stop_epoch is None else round(args.share_stop_epoch * updates_per_epoch))
-            averager.attach(optimizer)
-        elif args.share_rate:
-            raise ValueError(f'--share-rate {args.share_rate}: {args.model} has no experts; give --num-experts N.')
-
-        mixup = None
-        if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax:
-            mixup = Mixup(
-                args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
-                label_smoothing=args.smoothing, num_classes=args.num_classes)
-            if args.batch_size % 2:
-                raise ValueError(f'--batch-size {args.batch_size} must be even with mixup or cutmix.')
-        bce = dict(bce_sum=args.bce_sum, bce_target_thresh=args.bce_target_thresh) if args.bce_loss else {}
-        criterion = create_classification_loss(
-            'bce' if args.bce_loss else 'ce', smoothing=args.smoothing, soft_targets=mixup is not None, **bce)
-
-        plain_model = model  # holds the parameters whatever wraps it
-        if args.torchcompile:
-            model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
-
-        # what a checkpoint must have been made by
-        flags = {key: vars(args)[key] for key in (
-            'opt', 'weight_decay', 'layer_decay', 'model_ema', 'torchcompile', 'eval_metric')}
-        identity = json.loads(json.dumps(dict(
-            architecture=plain_model.pretrained_cfg['architecture'], **get_model_args(plain_model))))
-        start_epoch, update, best = 0, 0, None
-        state = {'images': 0, 'seconds': 0.}
-        if resume_from is not None:
-            state = ckpt.read_state(resume_from)
-            other = {k: v for k, v in state['model'].items() if identity.get(k) != v}
-            if other or len(identity) != len(state['model']):
-                key = next(iter(other), None) or next(k for k in identity if k not in state['model'])
-                raise ValueError(
-                    f'{resume_from} is a checkpoint of another model: its {key} is {state["model"].get(key)}, here it '
-                    f'is {identity.get(key)}.')
-            key = next((key for key in flags if flags[key] != state['flags'].get(key, flags[key])), None)
-            if key is not None:
-                raise ValueError(
-                    f'{resume_from} was trained with --{key.replace("_", "-")} {state["flags"][key]}, here it is '
-                    f'{flags[key]}.')
-            start_epoch, update, best = state['epoch'], state['update'], state['best']
-    except (ValueError, TypeError, RuntimeError, AssertionError, OSError) as e:
-        if main_process:
-            parser.error(str(e) or repr(e))
+            if state.epoch >= run.epochs:
+                say(accelerator, f'{experiment} is finished: {state.epoch} of {run.epochs} epochs are done.')
+                return state.best
+            say(accelerator, f'Resuming from {resume_from}, epoch {state.epoch}.' if resume_from else
+                f'No checkpoint in {experiment}: starting fresh.')
+        prepare(run, accelerator)
+        accelerator.wait_for_everyone()
+        arguments = {key: value for key, value in vars(args).items() if key not in ('config', 'resume')}
+        book = Logbook(  # from here on the run writes
+            accelerator, experiment, arguments, state, run.epochs, run.length.updates, args.log_interval)
+    except (ValueError, OSError) as e:
+        if accelerator.is_main_process:
+            parser.error(str(e))
         sys.exit(2)
 
-    def say(message, file=sys.stdout):
-        if main_process:
-            tqdm.write(message, file=file)
+    book.say(f'{introduction(run, accelerator)} Writing {experiment}')
+    if run.task is not None and args.teacher_top1 is None:
+        args.teacher_top1 = evaluate(TeacherView(run.task), run.val_batches, accelerator)['top1']
+        book.say(f'Teacher {args.teacher}: top-1 {args.teacher_top1:.2f}.')
+    sample = next(iter(run.val_batches))[0]  # what the usage of experts is shown on
 
-    if args.resume:
-        if start_epoch >= epochs:
-            say(f'{experiment} is finished: {start_epoch} of {epochs} epochs are done.')
-            return best
-        say(f'Resuming from {resume_from}, epoch {start_epoch}.' if resume_from else
-            f'No checkpoint in {experiment}: starting fresh.')
+    for epoch in range(state.epoch, run.epochs):
+        train_epoch(run, epoch, accelerator, book)
+        validated = state.epoch % args.val_interval == 0 or state.epoch == run.epochs
+        metrics = validate(run, accelerator) if validated else {}
+        improved = validated and state.improve(metrics)
+        state.provenance = dict(updates=state.update, epochs=state.epoch, seed=args.seed, **metrics)
+        if run.averager is not None:
+            state.averager = run.averager.state_dict()
+            state.provenance.update(share_rate=args.share_rate, share_schedule=args.share_schedule)
+        ema = run.ema.module.state_dict() if run.ema is not None else None
+        book.end_epoch(run.plain_model, state, metrics, improved, sample, run.optimizer, ema)
+        ckpt.save_checkpoint(accelerator, experiment, state, ema, args.checkpoint_hist)
 
-    # from here on the run writes
-    accelerator.wait_for_everyone()
-    if main_process:
-        try:
-            experiment.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            parser.error(f'--output {args.output} can\'t be written: {e.strerror}.')
-        resolved = {k: v for k, v in vars(args).items() if k not in ('config', 'resume')}
-        (experiment / 'args.yaml').write_text(yaml.safe_dump(resolved))
-        trim_summary(str(experiment / 'summary.csv'), start_epoch + 1)
-        board = SummaryWriter(str(experiment), purge_step=update + 1 if update else None)
-        board.add_text('arguments', f'```\n{yaml.safe_dump(resolved)}\n```')
-        device_name = torch.cuda.get_device_name() if accelerator.device.type == 'cuda' else accelerator.device.type
-        moe = list(moe_layers(model))
-        experts = 'dense' if not moe else (
-            f'{len(moe[0][1].experts)} experts in {len(moe)} FFNs, share rate {args.share_rate:g}')
-        say(f'{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {experts}. '
-            f'{len(train_set) if not iterable else "?"} training and '
-            f'{len(val_set) if not isinstance(val_set, IterableDataset) else "?"} validation images of '
-            f'{args.num_classes} classes. {accelerator.num_processes} x {device_name}, {epochs} epochs of '
-            f'{updates_per_epoch} updates, learning rate {args.lr:.3g}. Writing {experiment}')
-
-    model, optimizer = accelerator.prepare(model, optimizer)
-    if not iterable:  # iterable readers of timm split themselves among processes
-        train_batches, val_batches = accelerator.prepare(train_batches, val_batches)
-    task = None
-    if teacher is not None:
-        task = distillation_task(
-            model, teacher.to(accelerator.device), criterion, args.kd_temperature, args.distill_loss_weight,
-            args.task_loss_weight, accelerator.device)
-        if args.teacher_top1 is None:
-            args.teacher_top1 = evaluate(TeacherView(task), val_batches, accelerator)['top1']
-            say(f'Teacher {args.teacher}: top-1 {args.teacher_top1:.2f}.')
-    ema = None
-    if args.model_ema:
-        ema = ModelEmaV3(plain_model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-    if resume_from is not None:
-        accelerator.load_state(str(resume_from))
-        if averager is not None:
-            averager.load_state_dict(state['averager'])
-        if ema is not None:
-            ema.module.load_state_dict(ckpt.load_ema(resume_from))
-    if args.sched_on_updates:
-        scheduler.step_update(update)
-    else:
-        scheduler.step(start_epoch)
-
-    interactive = main_process and sys.stderr.isatty()
-    bar = tqdm(
-        total=epochs * updates_per_epoch, initial=update, disable=not interactive, unit='update', dynamic_ncols=True,
-        bar_format='{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}]{postfix}')
-    metrics = {}
-    sample = next(iter(val_batches))[0]  # what the usage of experts is shown on
-    for epoch in range(start_epoch, epochs):
-        model.train()
-        if not iterable:
-            train_set.set_epoch(epoch)
-            train_batches.set_epoch(epoch)
-        elif hasattr(train_batches.dataset, 'set_epoch'):
-            train_batches.dataset.set_epoch(epoch)
-        if mixup is not None and args.mixup_off_epoch:
-            mixup.mixup_enabled = epoch < args.mixup_off_epoch
-        bar.set_description(f'epoch {epoch + 1}/{epochs}')
-        loss_sum, loss_count, images_seen, started = torch.zeros((), device=accelerator.device), 0, 0, time.time()
-
-        for batch, (images, target) in enumerate(train_batches):
-            seed_all(args.seed, 2, accelerator.process_index, epoch, batch)
-            if iterable:
-                images, target = images.to(accelerator.device), target.to(accelerator.device)
-            if mixup is not None:
-                images, target = mixup(images, target)
-            with accelerator.accumulate(model):
-                with accelerator.autocast():
-                    loss = task(images, target)['loss'] if task is not None else criterion(model(images), target)
-                    routing = ewa.routing_losses(plain_model)
-                    if routing:
-                        loss = loss + args.balance_loss_weight * routing['load_balance']
-                        loss = loss + args.z_loss_weight * routing['z']
-                last = batch >= batches_per_epoch - left_over  # accelerate divides by --grad-accum-steps all the same
-                accelerator.backward(loss * (args.grad_accum_steps / left_over) if last else loss)
-                if accelerator.sync_gradients and args.clip_grad is not None:
-                    clip = accelerator.clip_grad_norm_ if args.clip_mode == 'norm' else accelerator.clip_grad_value_
-                    clip(plain_model.parameters(), args.clip_grad)
-                optimizer.step()
-                optimizer.zero_grad()
-            loss_sum += loss.detach()
-            loss_count += 1
-            images_seen += len(images) * accelerator.num_processes
-            if not accelerator.sync_gradients:
-                continue
-
-            update += 1
-            if ema is not None:
-                ema.update(plain_model, step=update)
-            if args.sched_on_updates:
-                scheduler.step_update(update)
-            bar.update()
-            if update % args.log_interval == 0 or update % updates_per_epoch == 0:
-                mean_loss = accelerator.reduce(loss_sum, reduction='mean').item() / loss_count
-                if not math.isfinite(mean_loss):
-                    say(f'The training loss is {mean_loss} in epoch {epoch + 1}: stopping.', sys.stderr)
-                    sys.exit(1)
-                speed = images_seen / (time.time() - started)
-                if main_process:
-                    rate = {'train/share_rate': averager.share_rate} if averager is not None else {}
-                    aux = {f'train/{k}': v.item() for k, v in routing.items()}
-                    scalars = {
-                        'train/loss': mean_loss, 'train/lr': max(group['lr'] for group in optimizer.param_groups),
-                        'train/images_per_second': speed, 'train/epoch': epoch + 1, **rate, **aux}
-                    for key, scalar in scalars.items():
-                        board.add_scalar(key, scalar, update)
-                    top1 = metrics.get('top1', math.nan)
-                    bar.set_postfix_str(f'loss {mean_loss:.3f}, top-1 {top1:.1f}, {speed:.0f} images/s')
-                    if not interactive and update % updates_per_epoch:
-                        say(f'epoch {epoch + 1}/{epochs} update {update} loss {mean_loss:.4f} {speed:.0f} images/s')
-        if not args.sched_on_updates:
-            scheduler.step(epoch + 1)
-        spent = dict(images=state['images'] + images_seen, seconds=state['seconds'] + time.time() - started)
-        spent['pflops'] = spent['images'] * flops_per_image / 1e15
-        state.update(spent)
-
-        # validation on the eval form: for random partition exactly what will be exported
-        validated = (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs
-        if validated:
-            metrics = evaluate(model, val_batches, accelerator)
-            if ema is not None:
-                metrics.update({f'ema_{k}': v for k, v in evaluate(ema.module, val_batches, accelerator).items()})
-        sign = -1 if args.eval_metric == 'loss' else 1
-        value, weights = metrics.get(args.eval_metric), 'model'
-        if ema is not None and validated and sign * metrics[f'ema_{args.eval_metric}'] > sign * value:
-            value, weights = metrics[f'ema_{args.eval_metric}'], 'EMA'
-        improved = validated and (best is None or sign * value > sign * best['value'])
-        if improved:
-            best = dict(value=value, epoch=epoch + 1, weights=weights, **metrics)
-
-        ema_state = ema.module.state_dict() if ema is not None else None
-        provenance = dict(updates=update, epochs=epoch + 1, seed=args.seed, **(metrics if validated else {}))
-        if averager is not None:
-            provenance.update(share_rate=args.share_rate, share_schedule=args.share_schedule)
-        if main_process:
-            records = diagnose(plain_model, [sample], align=False)
-            for key, scalar in [*((f'eval/{k}', v) for k, v in metrics.items() if validated),
-                                *((f'spent/{k}', v) for k, v in spent.items()),
-                                *((f'experts_{k}/{record["layer"]}', record[k]) for record in records
-                                  for k in ('distance', 'cosine', 'entropy', 'change') if k in record)]:
-                board.add_scalar(key, scalar, update)
-            if records and validated:
-                board.add_figure('experts/similarity', similarity_figure(records), update)
-                usage = usage_figure(records)
-                if usage is not None:
-                    board.add_figure('experts/usage', usage, update)
-            board.flush()
-            if validated:
-                update_summary(
-                    epoch + 1, dict(loss=mean_loss, **spent), metrics, str(experiment / 'summary.csv'),
-                    lr=max(group['lr'] for group in optimizer.param_groups))
-            for folder in ['last'] + ['best'] * improved:
-                write_folder(
-                    plain_model, experiment / folder, names, data_config, provenance, ema_state, overwrite=True,
-                    verify=False)
-            spread = '' if not records else (
-                f', experts {sum(r["distance"] for r in records) / len(records):.2g} from their mean')
-            scores = '' if not validated else (
-                f', validation loss {metrics["loss"]:.4f}, top-1 {metrics["top1"]:.2f}'
-                + (f', EMA {metrics["ema_top1"]:.2f}' if ema is not None else ''))
-            say(f'epoch {epoch + 1}/{epochs}: loss {mean_loss:.4f}{scores}, {speed:.0f} images/s{spread}')
-        ckpt.save_checkpoint(
-            accelerator, experiment, update,
-            dict(epoch=epoch + 1, batch=0, best=best, model=identity, flags=flags, class_names=names,
-                 data_config=data_config, provenance=provenance, **spent,
-                 averager=averager.state_dict() if averager is not None else None),
-            ema_state, args.checkpoint_hist)
-
-    bar.close()
-    if main_process:
-        board.close()
-        if task is not None:
-            kept = '' if args.dense_top1 is None else (
-                f', {100 * benefit_kept(metrics["top1"], args.dense_top1, args.teacher_top1):.1f} % of the benefit of '
-                f'the teacher ({args.teacher_top1:.2f}) over a dense model ({args.dense_top1:.2f}) kept')
-            say(f'Distilled with {state["images"]} images, {state["pflops"]:.3g} PFLOP, {state["seconds"]:.0f} s: '
-                f'top-1 {metrics["top1"]:.2f}{kept}.')
-        of_ema = best.get('weights') == 'EMA'
-        say(f'Best {args.eval_metric}: {best["value"]:.2f} in epoch {best["epoch"]}{" (EMA weights)" * of_ema}.')
-        say(f'Export the plain ViT with:  python convert.py {experiment / "best"} --output {experiment / "vit"}'
-            + ' --use-ema' * of_ema
-            if averager is not None else f'The model is in {experiment / "best"}{" (ema.safetensors)" * of_ema}.')
+    book.close(
+        state, has_experts=run.averager is not None, teacher_top1=args.teacher_top1 if run.task is not None else None,
+        dense_top1=args.dense_top1)
     accelerator.end_training()
-    return best
+    return state.best
 
 
 if __name__ == '__main__':

@@ -1,26 +1,140 @@
-"""Checkpoints of a run: written whole or not at all, and found again.
+"""Checkpoints of a run: written whole or not at all, found again, and checked when they are read.
 
-Layout: `EXPERIMENT/checkpoints/update-00001234/` holds what `accelerator.save_state` writes, `state.json` (position,
-averager, best result, what model this is) and `ema.safetensors`. A folder with that name is complete: it is written
-under another name, synced, and renamed.
+Layout: `EXPERIMENT/checkpoints/update-00001234/` holds what `accelerator.save_state` writes, `state.json` (a `RunState`)
+and `ema.safetensors`. A folder with that name is complete: it is written under another name, synced, and renamed.
 
 Random numbers are not part of a checkpoint. They are drawn from streams that are seeded from their place in the run
 (`ewa.data.seed_all`: every image from seed, epoch and index; every micro-batch from seed, rank, epoch and batch), so a
 resumed run draws what an uninterrupted one would.
 """
+from __future__ import annotations
+
+import argparse
 import json
 import re
 import shutil
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Union, get_args, get_origin, get_type_hints
 
 import safetensors.torch
-from accelerate import Accelerator
-from torch import Tensor
+from timm.models import get_model_args
+from torch import Tensor, nn
 
 from .exporting import replace_folder
+from .foreign import foreign
+
+if TYPE_CHECKING:  # models are read from checkpoints also where nobody trains
+    from accelerate import Accelerator
 
 _NAME = re.compile(r'update-(\d{8,})')
+# flags that a run can't change on its way: what they make is part of a checkpoint
+FLAGS = ('opt', 'weight_decay', 'layer_decay', 'model_ema', 'torchcompile', 'eval_metric')
+_INSIDE = {  # what must be in the dictionaries of a `RunState`
+    'model': {'architecture': str},
+    'best': {'value': float, 'epoch': int, 'weights': str},
+    'averager': {'steps': int, 'pulls': int},
+}
+
+
+@dataclass
+class RunState:
+    """What a run is and how far it is, beside its tensors; JSON in `state.json`.
+
+    Args:
+        model: Architecture and arguments of the model, see `describe`.
+        flags: Of `FLAGS`, with their values.
+        class_names: Names of the classes in the order of their labels.
+        data_config: How images are prepared, as timm resolves it.
+        epoch: Epochs done.
+        update: Optimizer updates done.
+        images: Training images seen by all processes.
+        seconds: Time spent on training epochs.
+        pflops: 1e15 floating-point operations of training, the teacher's included.
+        best: Value of `--eval-metric`, epoch (from 1), weights (`'model'` or `'EMA'`) and all metrics of the best epoch.
+        provenance: What is written into model folders about their training.
+        averager: Position of the `ExpertAverager`; None for a dense model.
+    """
+    model: Dict[str, Any]
+    flags: Dict[str, Any]
+    class_names: Optional[List[str]]
+    data_config: Dict[str, Any]
+    epoch: int = 0
+    update: int = 0
+    images: int = 0
+    seconds: float = 0.
+    pflops: float = 0.
+    best: Optional[Dict[str, Any]] = None
+    provenance: Dict[str, Any] = field(default_factory=dict)
+    averager: Optional[Dict[str, int]] = None
+
+    def count(self, images: int, seconds: float, flops_per_image: float) -> None:
+        """Add what an epoch of training has cost."""
+        self.images += images
+        self.seconds += seconds
+        self.pflops = self.images * flops_per_image / 1e15
+
+    @property
+    def spent(self) -> Dict[str, float]:
+        """Images, seconds and PFLOP so far."""
+        return dict(images=self.images, seconds=self.seconds, pflops=self.pflops)
+
+    def improve(self, metrics: Dict[str, float]) -> bool:
+        """Note the metrics of the last epoch as the best so far if they are.
+
+        Args:
+            metrics: Of the weights and, prefixed with `ema_`, of their average. The better of the two counts.
+
+        Returns:
+            Whether they are better than all before.
+        """
+        metric = self.flags['eval_metric']
+        sign = -1 if metric == 'loss' else 1
+        value, weights = metrics[metric], 'model'
+        if sign * metrics.get(f'ema_{metric}', -sign * float('inf')) > sign * value:
+            value, weights = metrics[f'ema_{metric}'], 'EMA'
+        if self.best is not None and not sign * value > sign * self.best['value']:
+            return False
+        self.best = dict(value=value, epoch=self.epoch, weights=weights, **metrics)
+        return True
+
+
+def describe(model: nn.Module) -> Dict[str, Any]:
+    """Architecture and arguments of a timm model, as they are read from JSON again."""
+    return json.loads(json.dumps(dict(architecture=model.pretrained_cfg['architecture'], **get_model_args(model))))
+
+
+def start(
+        model: nn.Module,
+        args: argparse.Namespace,
+        class_names: Optional[List[str]],
+        data_config: Dict[str, Any],
+) -> RunState:
+    """The state of a run that has not begun."""
+    return RunState(describe(model), {key: vars(args)[key] for key in FLAGS}, class_names, data_config)
+
+
+def resume(checkpoint: Path, fresh: RunState) -> RunState:
+    """The state of a checkpoint, which must be one of the run that would begin with `fresh`.
+
+    Raises:
+        ValueError: It was made by another model or with other `FLAGS`, or it can't be read.
+    """
+    state = read_state(checkpoint)
+    key = next((key for key in {**state.model, **fresh.model}
+                if key not in state.model or key not in fresh.model or state.model[key] != fresh.model[key]), None)
+    if key is not None:
+        raise ValueError(
+            f'{checkpoint} is a checkpoint of another model: its {key} is {state.model.get(key)}, here it is '
+            f'{fresh.model.get(key)}.')
+    key = next((key for key in FLAGS if fresh.flags[key] != state.flags.get(key, fresh.flags[key])), None)
+    if key is not None:
+        raise ValueError(
+            f'{checkpoint} was trained with --{key.replace("_", "-")} {state.flags[key]}, here it is '
+            f'{fresh.flags[key]}.')
+    if (state.averager is None) != (fresh.averager is None):
+        raise ValueError(f'{checkpoint} can\'t be resumed: its state.json and its model disagree on having experts.')
+    return state
 
 
 def checkpoints(experiment: Path) -> List[Path]:
@@ -30,11 +144,30 @@ def checkpoints(experiment: Path) -> List[Path]:
     return sorted((path for path in found if (path / 'state.json').is_file()), key=lambda path: int(path.name[7:]))
 
 
+def resume_point(experiment: Path, resuming: bool, named: bool) -> Optional[Path]:
+    """The checkpoint that a run goes on from, or None for a run that begins.
+
+    Args:
+        experiment: Folder of the run.
+        resuming: Whether `--resume` was given.
+        named: Whether `--experiment` was given.
+
+    Raises:
+        ValueError: `--resume` without the name of a run, or a folder that exists without `--resume`.
+    """
+    if resuming:
+        if not named:
+            raise ValueError('--resume needs --experiment NAME, the run to go on with.')
+        return (checkpoints(experiment) or [None])[-1]
+    if experiment.exists() and (not experiment.is_dir() or any(experiment.iterdir())):
+        raise ValueError(f'{experiment} exists: give another --experiment, or --resume to go on with it.')
+    return None
+
+
 def save_checkpoint(
         accelerator: Accelerator,
         experiment: Path,
-        update: int,
-        state: Dict[str, Any],
+        state: RunState,
         ema: Optional[Dict[str, Tensor]] = None,
         keep: int = 2,
 ) -> None:
@@ -43,12 +176,11 @@ def save_checkpoint(
     Args:
         accelerator: Holds model, optimizer and loss scaler.
         experiment: Folder of the run.
-        update: Optimizer updates done so far.
-        state: JSON-able; found again in `load_state`.
+        state: Found again by `read_state`.
         ema: EMA weights.
         keep: Checkpoints to keep, at least 1.
     """
-    final = experiment / 'checkpoints' / f'update-{update:08d}'
+    final = experiment / 'checkpoints' / f'update-{state.update:08d}'
     new = final.with_name(f'.{final.name}.new')
     if accelerator.is_main_process:
         shutil.rmtree(new, ignore_errors=True)
@@ -59,18 +191,77 @@ def save_checkpoint(
     if accelerator.is_main_process:
         if ema is not None:
             safetensors.torch.save_file({k: v.contiguous() for k, v in ema.items()}, new / 'ema.safetensors')
-        (new / 'state.json').write_text(json.dumps(dict(state, update=update), indent=2))
+        (new / 'state.json').write_text(json.dumps(asdict(state), indent=2))
         replace_folder(new, final)
         for old in checkpoints(experiment)[:-max(keep, 1)]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
-def read_state(checkpoint: Path) -> Dict[str, Any]:
-    """The `state` a checkpoint was saved with."""
-    return json.loads((checkpoint / 'state.json').read_text())
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Load model, optimizer and loss scaler into what an accelerator has prepared.
+
+    Raises:
+        ValueError: A file is missing, damaged or of another run.
+    """
+    with foreign(f'{checkpoint} can\'t be resumed, remove it to go on from the one before'):
+        accelerator.load_state(str(checkpoint))
 
 
 def load_ema(checkpoint: Path) -> Dict[str, Tensor]:
-    """The EMA weights of a checkpoint."""
-    return safetensors.torch.load_file(checkpoint / 'ema.safetensors')
+    """The EMA weights of a checkpoint.
+
+    Raises:
+        ValueError: There are none, or they can't be read.
+    """
+    path = checkpoint / 'ema.safetensors'
+    if not path.is_file():
+        raise ValueError(f'{checkpoint} has no EMA weights; the run was not trained with --model-ema.')
+    with foreign(f'{path} can\'t be read as tensors'):
+        return safetensors.torch.load_file(path)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of JSON is of a type as written in the annotations of `RunState`."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Union:
+        return any(_fits(value, option) for option in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(entry, inner[0]) for entry in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(entry, inner[1]) for entry in value.values())
+    if hint in (int, float):  # True is an int for Python, 1 is a float for JSON
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """The state that a checkpoint was saved with.
+
+    Raises:
+        ValueError: `state.json` is not JSON, or not what `RunState` declares.
+    """
+    path = checkpoint / 'state.json'
+    try:
+        entries = json.loads(path.read_text())
+    except ValueError as e:  # UnicodeDecodeError among them
+        raise ValueError(f'{path} is damaged, it is not JSON: {e}') from e
+    if not isinstance(entries, dict):
+        raise ValueError(f'{path} is damaged: it holds no table of entries.')
+    hints = get_type_hints(RunState)
+    for key, hint in hints.items():
+        if key not in entries:
+            raise ValueError(f'{path} has no entry {key}: it is damaged or of a version this one can\'t go on with.')
+        value = entries[key]
+        wrong = None if _fits(value, hint) else key
+        if wrong is None and value is not None:
+            wrong = next((f'{key}.{part}' for part, kind in _INSIDE.get(key, {}).items()
+                          if not _fits(value.get(part), kind)), None)
+        if wrong is not None:
+            raise ValueError(f'{path} is damaged: its entry {wrong} is {str(value)[:80]!r}.')
+    state = RunState(**{entry.name: entries[entry.name] for entry in fields(RunState)})
+    if state.model.get('init') == 'auto':  # a choice there was once; it said how a run began, not what it is
+        del state.model['init']
+    return state

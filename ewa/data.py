@@ -4,16 +4,21 @@ What timm's factory lets pass and users lose days on: a split folder that is mis
 and class folders that differ between training and validation (labels then mean different things).
 """
 import argparse
+import math
 import os
 import random
 from itertools import islice
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import numpy as np
 import torch
-from timm.data import create_dataset, create_loader
+from timm.data import Mixup, create_dataset, create_loader
+from timm.data.model_config import resolve_input_data_config
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms import Compose
+
+from .foreign import foreign
 
 _KINDS = ('', 'torch', 'hfds', 'hfids', 'wds', 'tfds')
 _SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
@@ -47,14 +52,12 @@ def open_dataset(args: argparse.Namespace, split: str, is_training: bool, in_cha
     if kind != 'torch':
         options.update(input_img_mode=args.input_img_mode or ('L' if in_chans == 1 else 'RGB'))
         options.update(input_key=args.input_key, target_key=args.target_key)
-    try:
+    where = f'--dataset {args.dataset}, ' * bool(args.dataset) + f'--data-dir {args.data_dir}'
+    with foreign(f'The split {split} of {where} can\'t be read'):
         dataset = create_dataset(
             args.dataset, root=args.data_dir, split=split, is_training=is_training, class_map=args.class_map,
             download=args.dataset_download, batch_size=args.batch_size, seed=getattr(args, 'seed', 42),
             num_samples=args.train_num_samples if is_training else args.val_num_samples, **options)
-    except (RuntimeError, AssertionError, OSError, ValueError, ImportError, KeyError) as e:
-        where = f'--dataset {args.dataset}, ' * bool(args.dataset) + f'--data-dir {args.data_dir}'
-        raise ValueError(f'The split {split} of {where} can\'t be read: {e or type(e).__name__}') from e
     if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
         raise ValueError(f'The split {split} of --data-dir {args.data_dir} has no images.')
     if kind == 'torch':
@@ -173,57 +176,143 @@ def seed_all(*key: int, devices: bool = True) -> None:
     (torch.manual_seed if devices else torch.default_generator.manual_seed)(int(words[2]))
 
 
+def preparation(model: nn.Module, args: argparse.Namespace) -> Dict[str, Any]:
+    """How images are prepared for a model: what the flags say, else what timm knows of it.
+
+    Returns:
+        `input_size` `(C, H, W)`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
+
+    Raises:
+        ValueError: The flags do not go together.
+    """
+    with foreign('The images can\'t be prepared by --img-size, --mean, --std and --crop-pct as they are'):
+        return resolve_input_data_config(model, vars(args))
+
+
 def train_loader(dataset: Dataset, args: argparse.Namespace, data_config: Dict[str, Any]) -> DataLoader:
-    """timm's training loader with the augmentation flags; complete batches only."""
-    return create_loader(
-        dataset,
-        input_size=data_config['input_size'],
-        batch_size=args.batch_size,
-        is_training=True,
-        no_aug=args.no_aug,
-        re_prob=args.reprob,
-        re_mode=args.remode,
-        re_count=args.recount,
-        train_crop_mode=args.train_crop_mode,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
-        color_jitter_prob=args.color_jitter_prob,
-        grayscale_prob=args.grayscale_prob,
-        gaussian_blur_prob=args.gaussian_blur_prob,
-        auto_augment=args.aa,
-        interpolation=args.train_interpolation,
-        mean=data_config['mean'],
-        std=data_config['std'],
-        num_workers=args.workers,
-        pin_memory=args.pin_mem,
-        use_prefetcher=False,
-        persistent_workers=args.workers > 0,
-    )
+    """timm's training loader with the augmentation flags; complete batches only.
+
+    Raises:
+        ValueError: timm does not know such an augmentation.
+    """
+    with foreign(f'The training images can\'t be prepared (--aa {args.aa}, --train-crop-mode {args.train_crop_mode}, '
+                 f'--scale, --ratio, --color-jitter, ...)'):
+        return create_loader(
+            dataset,
+            input_size=data_config['input_size'],
+            batch_size=args.batch_size,
+            is_training=True,
+            no_aug=args.no_aug,
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+            train_crop_mode=args.train_crop_mode,
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
+            vflip=args.vflip,
+            color_jitter=args.color_jitter,
+            color_jitter_prob=args.color_jitter_prob,
+            grayscale_prob=args.grayscale_prob,
+            gaussian_blur_prob=args.gaussian_blur_prob,
+            auto_augment=args.aa,
+            interpolation=args.train_interpolation,
+            mean=data_config['mean'],
+            std=data_config['std'],
+            num_workers=args.workers,
+            pin_memory=args.pin_mem,
+            use_prefetcher=False,
+            persistent_workers=args.workers > 0,
+        )
 
 
 def eval_loader(dataset: Dataset, args: argparse.Namespace, data_config: Dict[str, Any]) -> DataLoader:
-    """timm's validation loader."""
-    return create_loader(
-        dataset,
-        input_size=data_config['input_size'],
-        batch_size=getattr(args, 'validation_batch_size', None) or args.batch_size,
-        is_training=False,
-        interpolation=data_config['interpolation'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        crop_pct=data_config['crop_pct'],
-        crop_mode=data_config.get('crop_mode'),
-        num_workers=args.workers,
-        pin_memory=getattr(args, 'pin_mem', False),
-        use_prefetcher=False,
-        persistent_workers=args.workers > 0,
-    )
+    """timm's validation loader.
+
+    Raises:
+        ValueError: timm can't prepare images so.
+    """
+    with foreign(f'The images can\'t be prepared for validation by {data_config}'):
+        return create_loader(
+            dataset,
+            input_size=data_config['input_size'],
+            batch_size=getattr(args, 'validation_batch_size', None) or args.batch_size,
+            is_training=False,
+            interpolation=data_config['interpolation'],
+            mean=data_config['mean'],
+            std=data_config['std'],
+            crop_pct=data_config['crop_pct'],
+            crop_mode=data_config.get('crop_mode'),
+            num_workers=args.workers,
+            pin_memory=getattr(args, 'pin_mem', False),
+            use_prefetcher=False,
+            persistent_workers=args.workers > 0,
+        )
 
 
-def calibration_batches(dataset: Dataset, args: argparse.Namespace, data_config: Dict[str, Any]) -> List[torch.Tensor]:
+class EpochLength(NamedTuple):
+    """Of one process.
+
+    Args:
+        batches: Micro-batches.
+        updates: Optimizer updates.
+        left_over: Micro-batches of the last update, 0 if it has as many as the others.
+    """
+    batches: int
+    updates: int
+    left_over: int
+
+
+def epoch_length(loader: DataLoader, args: argparse.Namespace, num_processes: int) -> EpochLength:
+    """How long an epoch of a training loader is when it is shared by processes.
+
+    Args:
+        loader: As `train_loader` makes it. Iterable data sets of timm have split themselves among processes already.
+        args: Options of the script.
+        num_processes: Processes.
+
+    Raises:
+        ValueError: There is not one batch for each process, or the micro-batches of an iterable data set do not add up
+            to whole updates.
+    """
+    iterable = isinstance(loader.dataset, IterableDataset)
+    if not iterable and len(loader.dataset) < args.batch_size * num_processes:
+        raise ValueError(
+            f'{len(loader.dataset)} training images do not fill one batch of --batch-size {args.batch_size} on '
+            f'{num_processes} process(es).')
+    batches = len(loader) if iterable else len(loader) // num_processes
+    left_over = batches % args.grad_accum_steps
+    if iterable and left_over:  # only of others accelerate sees the end coming
+        raise ValueError(
+            f'An epoch of {batches} batches is no multiple of --grad-accum-steps {args.grad_accum_steps}: give another '
+            '--train-num-samples.')
+    return EpochLength(batches, math.ceil(batches / args.grad_accum_steps), left_over)
+
+
+def set_epoch(loader: DataLoader, epoch: int) -> None:
+    """Tell a loader and its data set which epoch they are in, as far as they can be told."""
+    for part in (loader.dataset, loader):
+        if hasattr(part, 'set_epoch'):
+            part.set_epoch(epoch)
+
+
+def make_mixup(args: argparse.Namespace, num_classes: int) -> Optional[Mixup]:
+    """timm's mixup and cutmix, or None where the flags ask for neither.
+
+    Raises:
+        ValueError: Batches are odd, or timm refuses the values.
+    """
+    if not (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax):
+        return None
+    if args.batch_size % 2:
+        raise ValueError(f'--batch-size {args.batch_size} must be even with mixup or cutmix.')
+    with foreign(f'--mixup {args.mixup}, --cutmix {args.cutmix}, --cutmix-minmax {args.cutmix_minmax}'):
+        return Mixup(
+            args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob, args.mixup_mode,
+            label_smoothing=args.smoothing, num_classes=num_classes)
+
+
+def calibration_batches(dataset: Dataset, args: argparse.Namespace, data_config: Dict[str, Any]) -> List[Tensor]:
     """`--calibration-images` images, spread evenly over a data set and prepared as for validation, in batches."""
     if isinstance(dataset, IterableDataset):
         loader = eval_loader(dataset, args, data_config)

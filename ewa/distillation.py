@@ -1,35 +1,29 @@
 """The second phase of OneS: refine a gathered dense model with the MoE as its teacher (arXiv 2201.10890)."""
-from typing import Optional
+import argparse
+from typing import Optional, Sequence
 
-import timm
 import torch
 from timm.task import LogitDistillationTask
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .foreign import foreign
 
-def load_teacher(name: str, num_classes: int, in_chans: int) -> nn.Module:
-    """A teacher in `eval()` without gradients.
 
-    Args:
-        name: `local-dir:DIR` of a folder by `train.py` or `ewa.export`, or a timm name with pretrained weights.
-        num_classes: Classes of the student.
-        in_chans: Input channels of the student.
+def check_weights(args: argparse.Namespace) -> None:
+    """Check the flags of a distillation before anything is built for it.
 
     Raises:
-        ValueError: There is no such model, or it has other classes or channels than the student.
+        ValueError: A temperature or weight is too small, or a label weight leaves the KL term less than nothing.
     """
-    try:
-        teacher = timm.create_model(name, pretrained=True)
-    except (RuntimeError, ValueError, FileNotFoundError, AssertionError) as e:
+    for key, low in (('kd_temperature', 1e-6), ('distill_loss_weight', 0.), ('task_loss_weight', 0.)):
+        if vars(args)[key] is not None and vars(args)[key] < low:
+            raise ValueError(f'--{key.replace("_", "-")} {vars(args)[key]} is too small.')
+    if args.distill_loss_weight is None and (args.task_loss_weight or 0.) > 1:
         raise ValueError(
-            f'--teacher {name} can\'t be loaded: {e}. Give local-dir:DIR or a pretrained timm name.') from e
-    if teacher.num_classes != num_classes:
-        raise ValueError(f'--teacher {name} has {teacher.num_classes} classes, the student {num_classes}.')
-    if getattr(teacher, 'in_chans', in_chans) != in_chans:
-        raise ValueError(f'--teacher {name} has {teacher.in_chans} input channels, the student {in_chans}.')
-    return teacher.eval().requires_grad_(False)
+            f'--task-loss-weight {args.task_loss_weight}: alone it can be at most 1, the KL term gets the rest; or '
+            'give --distill-loss-weight too.')
 
 
 def distillation_task(
@@ -76,21 +70,27 @@ class TeacherView(nn.Module):
 
 
 @torch.no_grad()
-def forward_flops(model: nn.Module, image_shape) -> int:
+def forward_flops(model: nn.Module, image_shape: Sequence[int]) -> int:
     """Floating-point operations of one image's forward pass (a multiply-add counts as two), as torch counts them.
 
     Args:
         model: A model; for a gated one the count is for as many experts as it uses.
         image_shape: `(C, H, W)`.
+
+    Raises:
+        ValueError: The model can't take such an image.
     """
     image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
     training = {module: module.training for module in model.modules()}
     model.eval()
     # attention as plain matrix products: not every version of torch counts every fused kernel
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(image)
-    for module, mode in training.items():
-        module.training = mode
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            with foreign(f'Images of {" x ".join(map(str, image_shape))} can\'t be taken', AssertionError, RuntimeError):
+                model(image)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
     return counter.get_total_flops()
 
 

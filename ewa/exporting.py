@@ -1,4 +1,4 @@
-"""Folders in and out: what `timm.create_model('local-dir:DIR', pretrained=True)` loads."""
+"""Folders out: what `timm.create_model('local-dir:DIR', pretrained=True)` loads."""
 import copy
 import os
 import shutil
@@ -10,15 +10,22 @@ from typing import Any, Dict, Optional, Sequence, Union
 import safetensors.torch
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import get_model_input_config, save_for_hf
 from torch import Tensor, nn
 
+from .foreign import foreign
 from .identity import WEIGHT_CFG, plain_forward
 from .moe import evaluating, moe_layers
+from .version import __version__
 
 PathLike = Union[str, os.PathLike]
 # what belongs to the model in a folder (the third is of timm's own writer)
 FILES = ('config.json', 'model.safetensors', 'pytorch_model.bin', 'ema.safetensors', 'model.onnx')
+
+
+class NotVerified(RuntimeError):
+    """What was written does not load to the same weights and outputs, and was taken back."""
 
 
 def _fsync(path: Path) -> None:
@@ -84,8 +91,9 @@ def write_folder(
 
     Raises:
         FileExistsError: The folder exists and `overwrite` is not set.
-        ValueError: timm can't build this model by a name, or class names are not as many as classes.
-        RuntimeError: What was written does not load to the same outputs; the folder is not made.
+        ValueError: timm can't build this model by a name or write its arguments, class names are not as many as
+            classes, or ONNX can't be written.
+        NotVerified: What was written does not load to the same outputs; the folder is not made.
     """
     directory = Path(directory)
     cfg = getattr(model, 'pretrained_cfg', None)
@@ -112,7 +120,8 @@ def write_folder(
     directory.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f'.{directory.name}.new-', dir=directory.parent))
     try:
-        save_for_hf(model, new, model_config=extra, safe_serialization=True, data_config=data_config)
+        with foreign(f'{directory} can\'t be written', TypeError, RuntimeError, SafetensorError):
+            save_for_hf(model, new, model_config=extra, safe_serialization=True, data_config=data_config)
         if ema is not None:
             safetensors.torch.save_file({k: v.contiguous() for k, v in ema.items()}, new / 'ema.safetensors')
         if verify:
@@ -132,15 +141,16 @@ def write_folder(
 @torch.no_grad()
 def _verify(model: nn.Module, directory: Path) -> None:
     reference = next(model.parameters())
-    loaded = timm.create_model(f'local-dir:{directory}', pretrained=True)
+    with foreign('The exported folder can\'t be loaded again'):
+        loaded = timm.create_model(f'local-dir:{directory}', pretrained=True)
     loaded = loaded.to(device=reference.device, dtype=reference.dtype).eval()
     written, read = model.state_dict(), loaded.state_dict()
     if list(written) != list(read) or not all(torch.equal(written[key], read[key]) for key in written):
-        raise RuntimeError('The exported folder does not load to the weights that were written.')
+        raise NotVerified('The exported folder does not load to the weights that were written.')
     image = _image(model).to(reference)
     with evaluating(model):
         if not torch.equal(model(image), loaded(image)):
-            raise RuntimeError('The exported folder does not compute the outputs of the model that was written.')
+            raise NotVerified('The exported folder does not compute the outputs of the model that was written.')
 
 
 def _image(model: nn.Module) -> Tensor:
@@ -165,22 +175,22 @@ def _write_onnx(model: nn.Module, path: Path) -> None:
 
     model = copy.deepcopy(model).cpu().float().eval()
     image = _image(model)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), foreign('torch can\'t export this model to ONNX, leave --onnx out'):
         warnings.simplefilter('ignore')  # the exporter warns about its own internals
         torch.onnx.export(
             model, (image,), str(path), dynamo=True, external_data=False, verbose=False, input_names=['image'],
             output_names=['logits'], dynamic_shapes=({0: torch.export.Dim('batch', min=1)},))
-    session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    with foreign('onnxruntime can\'t read what torch exported, leave --onnx out'):
+        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
     for batch in (image, image[:1]):
         expected = model(batch)
         difference = (torch.from_numpy(session.run(None, {'image': batch.numpy()})[0]) - expected).abs().max().item()
         if not difference <= 1e-3 * max(expected.abs().max().item(), 1):
-            raise RuntimeError(f'onnxruntime\'s logits differ from the model\'s by {difference:.3g}.')
+            raise NotVerified(f'onnxruntime\'s logits differ from the model\'s by {difference:.3g}.')
 
 
 def versions() -> Dict[str, str]:
     """Versions of this package and of what wrote the weights."""
-    from . import __version__
     return {'ewa': __version__, 'timm': timm.__version__, 'torch': str(torch.__version__)}
 
 
@@ -206,32 +216,10 @@ def export(
     Raises:
         ValueError: The model has MoE layers, or timm can't build it by a name.
         FileExistsError: The folder exists and `overwrite` is not set.
-        RuntimeError: What was written does not load to the same outputs.
+        NotVerified: What was written does not load to the same outputs.
     """
     names = [name for name, _ in moe_layers(model)]
     if names:
         raise ValueError(f'The model has MoE layers ({", ".join(names)}); export ewa.to_dense(model) instead.')
     provenance = {**getattr(model, 'conversion', {}), **(provenance or {})}
     write_folder(model, directory, class_names, data_config, provenance, overwrite=overwrite, onnx=onnx)
-
-
-def load(directory: PathLike, ema: bool = False, **kwargs) -> nn.Module:
-    """The model of a folder, dense or MoE, with its weights.
-
-    Args:
-        directory: A folder by `ewa.export`, or `last/`, `best/` of a training run.
-        ema: Take the EMA weights that lie beside the others.
-        **kwargs: For `timm.create_model`, e.g. `num_classes` or `img_size`.
-
-    Raises:
-        FileNotFoundError: No model folder there.
-    """
-    directory = Path(directory)
-    for name in ('config.json', 'ema.safetensors' if ema else 'model.safetensors'):
-        if not (directory / name).is_file():
-            kind = 'has no EMA weights' if name == 'ema.safetensors' else 'is not a model folder'
-            raise FileNotFoundError(f'{directory} {kind}: it has no {name}.')
-    if ema:
-        weights = safetensors.torch.load_file(directory / 'ema.safetensors')
-        kwargs['pretrained_cfg_overlay'] = dict(source='', file='', state_dict=weights)
-    return timm.create_model(f'local-dir:{directory}', pretrained=True, **kwargs)

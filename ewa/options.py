@@ -2,21 +2,32 @@
 import argparse
 import difflib
 import sys
-from pathlib import Path
-from typing import Any, Dict, List, NoReturn, Optional, Sequence
+from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
 
-import timm
 import yaml
-from timm.models._hub import load_model_config_from_path
 from timm.utils import ParseKwargs
-from torch import nn
 
 from .averaging import SCHEDULES
-from .gathering import METHODS
+from .gathering import METHODS, Option
 from .moe import ROUTERS
-from .vision_transformer import HOSTS
 
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+
+
+# flag, argument of `to_moe`, settings of the flag; `renormalise` is given by --model-kwargs
+MOE_FLAGS: Tuple[Tuple[str, str, Dict[str, Any]], ...] = (
+    ('--num-experts', 'num_experts', dict(
+        type=int, metavar='N', help='experts a MoE layer; makes a dense model a MoE')),
+    ('--moe-layers', 'layers', dict(
+        metavar='WHICH', help='every:K, last:K, all, block indices "1,3,5", or a regular expression over FFN names')),
+    ('--expert-init', 'init', dict(
+        choices=('copy', 'independent'), help='initial weights of the experts; default: copies of one FFN')),
+    ('--router', 'router', dict(choices=ROUTERS, help='random: random partition (EWA), topk: gated')),
+    ('--top-k', 'top_k', dict(type=int, metavar='K', help='gated: experts a token')),
+    ('--num-shared', 'num_shared', dict(type=int, metavar='N', help='gated: experts that see every token')),
+    ('--expert-ratio', 'expert_ratio', dict(
+        type=float, metavar='R', help='gated: 1/m, hidden width of an expert over the FFN\'s')),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -145,16 +156,8 @@ def train_parser() -> Parser:
     group.add_argument('--torchcompile-mode', metavar='MODE', help='mode of torch.compile')
 
     group = parser.add_argument_group('Experts')
-    group.add_argument('--num-experts', type=int, metavar='N', help='experts a MoE layer; makes a dense model a MoE')
-    group.add_argument('--moe-layers', metavar='WHICH',
-                       help='every:K, last:K, all, block indices "1,3,5", or a regular expression over FFN names')
-    group.add_argument('--expert-init', choices=('copy', 'independent'),
-                       help='initial weights of the experts; default: copies of one FFN')
-    group.add_argument('--router', choices=tuple(ROUTERS), help='random partition (EWA) or gated')
-    group.add_argument('--top-k', type=int, metavar='K', help='gated: experts a token')
-    group.add_argument('--num-shared', type=int, metavar='N', help='gated: experts that see every token')
-    group.add_argument('--expert-ratio', type=float, metavar='R',
-                       help='gated: 1/m, hidden width of an expert over the FFN\'s')
+    for flag, _, settings in MOE_FLAGS:
+        group.add_argument(flag, **settings)
     group.add_argument('--share-rate', type=float, metavar='R',
                        help='pull of the experts toward their mean after each update, 0 to (E-1)/E; '
                             'default: 1e-3 for random partition, 0 for gated')
@@ -277,16 +280,23 @@ def convert_parser() -> Parser:
                         help='replace the model in DIR if there is one; other files there stay')
     parser.add_argument('--method', default='average', choices=(*METHODS, 'all'), metavar='NAME',
                         help=f'how experts become one FFN: {", ".join(METHODS)}; all compares them and writes the best')
-    parser.add_argument('--k', type=int, metavar='N',
-                        help='routed experts kept; default: as many as the vanilla width holds')
-    parser.add_argument('--rescale', action='store_true',
-                        help='sum, top_kg, svd_kg: give matrices the norm of an expert\'s')
-    parser.add_argument('--score', choices=('usage', 'norm'), help='prune: by tokens, or gate times output norm')
     parser.add_argument('--calibration-images', type=_count, default=1024, metavar='N',
                         help='training images for methods and reports that need data')
     parser.add_argument('--report', metavar='DIR', help='also write a page on what the experts do')
     parser.add_argument('--use-ema', action='store_true', help='convert the EMA weights')
     parser.add_argument('--onnx', action='store_true', help='also write DIR/model.onnx and compare it with onnxruntime')
+    group = parser.add_argument_group('Methods', '. '.join(
+        f'{method.name}: {method.summary}' + f' ({method.source})' * bool(method.source)
+        for method in METHODS.values()).replace('`', ''))
+    group.add_argument('--k', type=int, metavar='N',
+                       help='routed experts kept; default: as many as the vanilla width holds')
+    for name, (option, takers) in _method_options().items():
+        settings: Dict[str, Any] = dict(default=None, help=f'{", ".join(takers)}: {option.help}')
+        if option.type is bool:
+            settings['action'] = 'store_true'
+        else:
+            settings.update(type=option.type, choices=option.choices or None)
+        group.add_argument(f'--{name.replace("_", "-")}', **settings)
     group = parser.add_argument_group('Bare files')
     group.add_argument('--model', metavar='NAME', help='architecture of the weights, e.g. vit_small_ewa')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=_KeyValues, metavar='KEY=VALUE',
@@ -301,68 +311,45 @@ def moe_arguments(args: argparse.Namespace) -> Dict[str, Any]:
     Raises:
         ValueError: `--moe-layers` holds numbers that are not block indices.
     """
-    layers: Any = args.moe_layers
-    if layers and layers[0].isdigit():
+    given = {argument: getattr(args, flag[2:].replace('-', '_')) for flag, argument, _ in MOE_FLAGS}
+    given = {argument: value for argument, value in given.items() if value is not None}
+    if given.get('layers', '')[:1].isdigit():
         try:
-            layers = [int(i) for i in layers.split(',')]
+            given['layers'] = [int(i) for i in given['layers'].split(',')]
         except ValueError as e:
             raise ValueError(f'--moe-layers {args.moe_layers}: give block indices as 1,3,5.') from e
-    flags = dict(
-        num_experts=args.num_experts, layers=layers, init=args.expert_init, router=args.router, top_k=args.top_k,
-        num_shared=args.num_shared, expert_ratio=args.expert_ratio)
-    return {k: v for k, v in flags.items() if v is not None}
+    return given
 
 
-def build_model(args: argparse.Namespace) -> nn.Module:
-    """The model of `--model` and the expert flags, with the weights that were asked for.
+def gathering_options(args: argparse.Namespace, methods: Sequence[str]) -> Dict[str, Dict[str, Any]]:
+    """The options of gathering methods that were given as flags, by method.
 
-    A dense name with `--num-experts` becomes the generic entry `vit_ewa(host=NAME)`.
+    Args:
+        args: Of `convert_parser`.
+        methods: Those that are to be used.
 
     Raises:
-        ValueError: Unknown name or argument, or weights of another model.
+        ValueError: None of them has such an option.
     """
-    name, kwargs = args.model, dict(args.model_kwargs)
-    experts = moe_arguments(args)
-    source = name.split(':')[0] if ':' in name else None
-    architecture, _, tag = ('', '', '') if source else name.partition('.')
-    if not source and not timm.is_model(architecture):
-        close = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.)
-        raise ValueError(f'--model {name} is not a model; the nearest are {", ".join(close)}.')
-    is_entry = architecture in HOSTS
-    if experts and not is_entry and not source:
-        if 'num_experts' not in experts:
-            raise ValueError(f'--model {name} is dense; give --num-experts N to train it as a mixture of experts.')
-        kwargs.update(host=architecture)
-        name = f'vit_ewa.{tag}' if tag else 'vit_ewa'
-    kwargs.update(experts)
+    given: Dict[str, Dict[str, Any]] = {method: {} for method in methods}
+    for name, (_, takers) in _method_options().items():
+        value = getattr(args, name)
+        if value is None:
+            continue
+        if not any(method in takers for method in methods):
+            raise ValueError(
+                f'--{name.replace("_", "-")} is an option of {", ".join(takers)}, not of {", ".join(methods)}: leave '
+                'it out or give another --method.')
+        for method in methods:
+            if method in takers:
+                given[method][name] = value
+    return given
 
-    host = kwargs.get('host') or HOSTS.get(architecture) or architecture
-    if not source and not timm.is_model(host):
-        raise ValueError(f'host={host!r} is not a model that timm knows.')
-    if args.img_size is not None and (source or timm.get_pretrained_cfg_value(host, 'fixed_input_size')):
-        kwargs.setdefault('img_size', args.img_size)
-    kwargs.update({k: v for k, v in dict(
-        in_chans=args.in_chans, num_classes=args.num_classes, global_pool=args.gp, drop_rate=args.drop,
-        drop_path_rate=args.drop_path).items() if v is not None})
 
-    given = args.initial_checkpoint or args.pretrained_path
-    if given:
-        path = Path(given)
-        if not path.exists():
-            raise ValueError(f'{given} does not exist.')
-        # the classifier is part of an initial checkpoint; of pretrained weights it is replaced, as by timm
-        overlay: Dict[str, Any] = dict(num_classes=args.num_classes if args.initial_checkpoint else -1)
-        if path.is_dir():
-            source_cfg = load_model_config_from_path(path)[0]
-            overlay.update(source='local-dir', file=str(path), input_size=source_cfg['input_size'])
-        else:
-            overlay.update(file=str(path))
-        kwargs['pretrained_cfg_overlay'] = overlay
-    try:
-        return timm.create_model(name, pretrained=bool(args.pretrained or given or source), **kwargs)
-    except TypeError as e:
-        raise ValueError(f'{name} can\'t be made with {kwargs}: {e}') from e
-    except RuntimeError as e:
-        if given:
-            raise ValueError(f'{given} can\'t be loaded into {name}: {str(e)[:300]}') from e
-        raise
+def _method_options() -> Dict[str, Tuple[Option, List[str]]]:
+    """Name of an option to what it is, and the gathering methods that take it."""
+    options: Dict[str, Tuple[Option, List[str]]] = {}
+    for method in METHODS.values():
+        for option in method.options:
+            options.setdefault(option.name, (option, []))[1].append(method.name)
+    return options

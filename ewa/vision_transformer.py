@@ -120,6 +120,8 @@ def _create(
     cfg = resolve_pretrained_cfg(host, pretrained_cfg, pretrained_cfg_overlay).to_dict()
     weights = _given_weights(cfg) if pretrained else None
     moe_weights = weights if weights and has_experts(weights) else {}
+    if moe_weights and moe_args.get('init') == 'auto':
+        del moe_args['init']  # was a choice in version 0.1.0, and is written in folders of that time
     if weights is not None:
         if moe_weights:
             with torch.device('meta'):

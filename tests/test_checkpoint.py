@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -5,7 +6,9 @@ import torch
 from accelerate import Accelerator
 
 import ewa.checkpoint
-from ewa.checkpoint import checkpoints, load_ema, read_state, save_checkpoint
+from ewa.checkpoint import RunState, checkpoints, describe, load_checkpoint, load_ema, read_state, resume, \
+    resume_point, save_checkpoint, start
+from ewa.options import train_parser
 from runs import files, reset
 
 
@@ -25,6 +28,11 @@ def step(model, optimizer):
     optimizer.step()
 
 
+def state(update=0, **entries):
+    return RunState(dict(architecture='vit'), dict(eval_metric='top1'), ['a', 'b'], dict(mean=[0.5]), update=update,
+                    **entries)
+
+
 def names(experiment):
     return [path.name for path in checkpoints(experiment)]
 
@@ -33,27 +41,29 @@ def test_what_is_saved_is_found_and_read_again(prepared, tmp_path):
     accelerator, model, optimizer = prepared
     step(model, optimizer)
     ema = {'weight': torch.randn(2, 3), 'turned': torch.randn(3, 2).t()}
-    save_checkpoint(accelerator, tmp_path, 7, dict(epoch=2, best=None, averager=dict(steps=7)), ema)
+    saved = state(7, epoch=2, images=3, seconds=0.5, best=dict(value=1.5, epoch=2, weights='EMA', top1=1.5),
+                  averager=dict(steps=7, pulls=3), provenance=dict(seed=1))
+    save_checkpoint(accelerator, tmp_path, saved, ema)
     (found,) = checkpoints(tmp_path)
     assert found == tmp_path / 'checkpoints' / 'update-00000007'
-    assert read_state(found) == dict(epoch=2, best=None, averager=dict(steps=7), update=7)
+    assert read_state(found) == saved
     assert all(torch.equal(ema[key], value) for key, value in load_ema(found).items())
 
-    saved = [p.clone() for p in model.parameters()]
+    before = [p.clone() for p in model.parameters()]
     step(model, optimizer)
     after = [p.clone() for p in model.parameters()]
-    accelerator.load_state(str(found))
-    assert all(torch.equal(a, b) for a, b in zip(saved, model.parameters()))
+    load_checkpoint(accelerator, found)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     step(model, optimizer)  # with the moments of the checkpoint
     assert all(torch.equal(a, b) for a, b in zip(after, model.parameters()))
 
 
 def test_oldest_are_removed_and_order_is_that_of_numbers(prepared, tmp_path):
     for update in (5, 99_999_999, 100_000_000):
-        save_checkpoint(prepared[0], tmp_path, update, {}, keep=2)
+        save_checkpoint(prepared[0], tmp_path, state(update), keep=2)
     assert names(tmp_path) == ['update-99999999', 'update-100000000']
     assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['update-100000000', 'update-99999999']
-    save_checkpoint(prepared[0], tmp_path, 100_000_001, {}, keep=0)
+    save_checkpoint(prepared[0], tmp_path, state(100_000_001), keep=0)
     assert names(tmp_path) == ['update-100000001']
 
 
@@ -62,7 +72,7 @@ def test_no_experiment_has_no_checkpoints(tmp_path):
 
 
 def test_half_written_and_foreign_folders_are_not_checkpoints(prepared, tmp_path):
-    save_checkpoint(prepared[0], tmp_path, 1, {})
+    save_checkpoint(prepared[0], tmp_path, state(1))
     folder = tmp_path / 'checkpoints'
     for name in ('.update-00000002.new', 'update-00000003', 'update-00000004.bak', 'update-x', 'notes'):
         (folder / name).mkdir()
@@ -74,7 +84,7 @@ def test_half_written_and_foreign_folders_are_not_checkpoints(prepared, tmp_path
 @pytest.mark.parametrize('where', ['save_state', 'json', 'rename'])
 def test_a_failed_write_leaves_what_was_there(prepared, tmp_path, monkeypatch, where):
     accelerator, model, optimizer = prepared
-    save_checkpoint(accelerator, tmp_path, 1, dict(epoch=1), keep=1)
+    save_checkpoint(accelerator, tmp_path, state(1, epoch=1), keep=1)
     before = files(tmp_path)
 
     def full(*args, **kwargs):
@@ -90,17 +100,190 @@ def test_a_failed_write_leaves_what_was_there(prepared, tmp_path, monkeypatch, w
             patch.setattr(ewa.exporting.os, 'rename', full)
         for update in (1, 2):
             with pytest.raises(OSError, match='No space'):
-                save_checkpoint(accelerator, tmp_path, update, dict(epoch=2), keep=1)
+                save_checkpoint(accelerator, tmp_path, state(update, epoch=2), keep=1)
             assert names(tmp_path) == ['update-00000001']
             whole = {name: data for name, data in files(tmp_path).items() if '.new' not in name}
             assert whole == before
 
-    save_checkpoint(accelerator, tmp_path, 2, dict(epoch=2), keep=1)  # and the next try goes through
-    assert names(tmp_path) == ['update-00000002'] and read_state(checkpoints(tmp_path)[0])['epoch'] == 2
+    save_checkpoint(accelerator, tmp_path, state(2, epoch=2), keep=1)  # and the next try goes through
+    assert names(tmp_path) == ['update-00000002'] and read_state(checkpoints(tmp_path)[0]).epoch == 2
 
 
 def test_the_same_update_is_replaced(prepared, tmp_path):
     for epoch in (1, 2):
-        save_checkpoint(prepared[0], tmp_path, 3, dict(epoch=epoch))
-    assert names(tmp_path) == ['update-00000003'] and read_state(checkpoints(tmp_path)[0])['epoch'] == 2
+        save_checkpoint(prepared[0], tmp_path, state(3, epoch=epoch))
+    assert names(tmp_path) == ['update-00000003'] and read_state(checkpoints(tmp_path)[0]).epoch == 2
     assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['update-00000003']
+
+
+# what is read
+
+@pytest.fixture
+def checkpoint(prepared, tmp_path):
+    """A checkpoint, and a function that writes its `state.json` anew with other entries (None: without the entry)."""
+    step(*prepared[1:])
+    save_checkpoint(prepared[0], tmp_path, state(
+        1, best=dict(value=1., epoch=1, weights='model'), averager=dict(steps=1, pulls=1)))
+    (path,) = checkpoints(tmp_path)
+    entries = json.loads((path / 'state.json').read_text())
+
+    def rewrite(**changes):
+        changed = {key: value for key, value in {**entries, **changes}.items() if value != 'gone'}
+        (path / 'state.json').write_text(json.dumps(changed))
+
+    return path, rewrite
+
+
+@pytest.mark.parametrize('text', [b'', b'{"epoch": 1', b'\xff\xfe\x00', b'half'])
+def test_a_state_that_is_not_json_is_one_line(checkpoint, text):
+    path, _ = checkpoint
+    (path / 'state.json').write_bytes(text)
+    with pytest.raises(ValueError, match='state.json is damaged, it is not JSON') as e:
+        read_state(path)
+    assert '\n' not in str(e.value)
+
+
+def test_a_state_that_is_another_kind_of_json(checkpoint):
+    path, _ = checkpoint
+    (path / 'state.json').write_text('[1, 2]')
+    with pytest.raises(ValueError, match='state.json is damaged: it holds no table'):
+        read_state(path)
+
+
+@pytest.mark.parametrize('key', [field.name for field in dataclasses.fields(RunState)])
+def test_an_entry_that_is_missing_is_named(checkpoint, key):
+    path, rewrite = checkpoint
+    rewrite(**{key: 'gone'})
+    with pytest.raises(ValueError, match=f'has no entry {key}: it is damaged or of a version'):
+        read_state(path)
+
+
+@pytest.mark.parametrize('key, value', [
+    ('epoch', '3'), ('epoch', 1.5), ('epoch', True), ('update', None), ('images', 'many'), ('seconds', [1.]),
+    ('seconds', None), ('model', 'vit'), ('model', None), ('flags', []), ('class_names', 'a'), ('class_names', [1]),
+    ('data_config', None), ('provenance', 3), ('averager', dict(steps=1, pulls='x')), ('best', 3.),
+])
+def test_an_entry_of_another_type_is_named(checkpoint, key, value):
+    path, rewrite = checkpoint
+    rewrite(**{key: value})
+    with pytest.raises(ValueError, match=f'state.json is damaged: its entry {key} is'):
+        read_state(path)
+
+
+@pytest.mark.parametrize('key, value, name', [
+    ('model', dict(depth=3), 'model.architecture'), ('model', dict(architecture=3), 'model.architecture'),
+    ('best', dict(value='x', epoch=1, weights='EMA'), 'best.value'), ('best', dict(value=1.), 'best.epoch'),
+    ('best', dict(value=1., epoch=1, weights=2), 'best.weights'), ('averager', dict(steps=1), 'averager.pulls'),
+])
+def test_an_entry_inside_another_is_named(checkpoint, key, value, name):
+    path, rewrite = checkpoint
+    rewrite(**{key: value})
+    with pytest.raises(ValueError, match=f'its entry {name} is'):
+        read_state(path)
+
+
+def test_what_may_be_absent_may_be(checkpoint):
+    path, rewrite = checkpoint
+    rewrite(best=None, averager=None, class_names=None, seconds=3)
+    found = read_state(path)
+    assert (found.best, found.averager, found.class_names, found.seconds) == (None, None, None, 3)
+
+
+def test_a_state_of_version_0_1_0(checkpoint):
+    path, rewrite = checkpoint
+    rewrite(batch=0, model=dict(architecture='vit_ewa', num_experts=4, init='auto'))
+    assert read_state(path).model == dict(architecture='vit_ewa', num_experts=4)
+
+
+@pytest.mark.parametrize('file', ['model.safetensors', 'optimizer.bin', 'random_states_0.pkl'])
+@pytest.mark.parametrize('content', [b'', b'half a file', None])
+def test_damaged_tensors_are_one_line(prepared, checkpoint, file, content):
+    path, _ = checkpoint
+    if content is None:
+        (path / file).unlink()
+    else:
+        (path / file).write_bytes(content)
+    if file == 'random_states_0.pkl':  # is not needed, see above; accelerate says what it thinks of that
+        return load_checkpoint(prepared[0], path)
+    with pytest.raises(ValueError, match="can't be resumed, remove it to go on from the one before: ") as e:
+        load_checkpoint(prepared[0], path)
+    assert str(path) in str(e.value) and '\n' not in str(e.value)
+
+
+def test_ema_weights_that_are_missing_or_damaged(checkpoint):
+    path, _ = checkpoint
+    with pytest.raises(ValueError, match='has no EMA weights; the run was not trained with --model-ema'):
+        load_ema(path)
+    (path / 'ema.safetensors').write_bytes(b'half')
+    with pytest.raises(ValueError, match="ema.safetensors can't be read as tensors"):
+        load_ema(path)
+
+
+# what a run goes on from
+
+def test_a_run_begins_or_goes_on(prepared, tmp_path):
+    assert resume_point(tmp_path / 'new', resuming=False, named=True) is None
+    assert resume_point(tmp_path / 'new', resuming=True, named=True) is None
+    (tmp_path / 'empty').mkdir()
+    assert resume_point(tmp_path / 'empty', resuming=False, named=True) is None
+    for update in (1, 2):
+        save_checkpoint(prepared[0], tmp_path / 'run', state(update))
+    assert resume_point(tmp_path / 'run', resuming=True, named=True).name == 'update-00000002'
+    with pytest.raises(ValueError, match='run exists: give another --experiment, or --resume'):
+        resume_point(tmp_path / 'run', resuming=False, named=True)
+    with pytest.raises(ValueError, match='--resume needs --experiment NAME'):
+        resume_point(tmp_path / 'run', resuming=True, named=False)
+
+
+def test_a_checkpoint_is_of_the_same_model_and_flags(prepared, tiny, tmp_path):
+    args = train_parser().parse_args([])
+    model = tiny(depth=2)
+    fresh = start(model, args, ['a'], dict(input_size=(3, 32, 32)))
+    assert fresh.model == describe(model) and fresh.model['architecture'] == 'vit_tiny_patch16_224'
+    fresh.update = 5
+    save_checkpoint(prepared[0], tmp_path, fresh)
+    (path,) = checkpoints(tmp_path)
+    assert resume(path, start(model, args, ['a'], {})).update == 5
+    for other, words in ((tiny(depth=3), 'another model: its depth is 2, here it is 3'),
+                         (tiny(depth=2, qkv_bias=False), 'its qkv_bias is None, here it is False')):
+        with pytest.raises(ValueError, match=words):
+            resume(path, start(other, args, ['a'], {}))
+    args.layer_decay = 0.7
+    with pytest.raises(ValueError, match='was trained with --layer-decay None, here it is 0.7'):
+        resume(path, start(model, args, ['a'], {}))
+    args.layer_decay = None
+    fresh = start(model, args, ['a'], {})
+    fresh.averager = dict(steps=0, pulls=0)
+    with pytest.raises(ValueError, match='disagree on having experts'):
+        resume(path, fresh)
+
+
+# which is best
+
+@pytest.mark.parametrize('metric, values, better', [
+    ('top1', [50, 60, 60, 55, 61], [1, 1, 0, 0, 1]), ('loss', [2., 1., 1., 1.5, 0.5], [1, 1, 0, 0, 1])])
+def test_the_best_epoch_is_the_first_of_the_best(metric, values, better):
+    run = state()
+    run.flags['eval_metric'] = metric
+    for run.epoch, value in enumerate(values, 1):
+        assert run.improve({metric: value, 'top5': 3.}) == better[run.epoch - 1]
+        assert run.best['epoch'] == max(e for e, is_better in enumerate(better[:run.epoch], 1) if is_better)
+    assert run.best == {'value': values[-1], 'epoch': 5, 'weights': 'model', metric: values[-1], 'top5': 3.}
+
+
+@pytest.mark.parametrize('metric, raw, ema, weights', [
+    ('top1', 50., 51., 'EMA'), ('top1', 50., 50., 'model'), ('top1', 50., 49., 'model'),
+    ('loss', 1., 0.9, 'EMA'), ('loss', 1., 1., 'model'), ('loss', 1., 1.1, 'model')])
+def test_the_better_of_weights_and_their_average_counts(metric, raw, ema, weights):
+    run = state(epoch=3)
+    run.flags['eval_metric'] = metric
+    assert run.improve({metric: raw, f'ema_{metric}': ema})
+    assert run.best == {'value': ema if weights == 'EMA' else raw, 'epoch': 3, 'weights': weights, metric: raw,
+                        f'ema_{metric}': ema}
+
+
+def test_what_an_epoch_costs_adds_up():
+    run = state()
+    run.count(100, 2., 5e14)
+    run.count(50, 1., 5e14)
+    assert run.spent == dict(images=150, seconds=3., pflops=75.)

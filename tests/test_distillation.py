@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 import ewa
+from ewa.distillation import TeacherView, benefit_kept, distillation_task, forward_flops
 from ewa.gathering import METHODS
-from ewa.distillation import TeacherView, benefit_kept, distillation_task, forward_flops, load_teacher
-from ewa.exporting import write_folder
 from ewa.moe import moe_layers
 from gated import gated
 from runs import FLAGS, SAMPLE, config_of, reset, run_convert, summary, train
@@ -106,29 +105,6 @@ def test_the_view_of_the_teacher_normalises_and_stays_in_eval(pair, images):
         assert student.training and not teacher.training
         torch.testing.assert_close(view(images), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(teacher(images), expected, atol=1e-2)
-
-
-class TestTeacher:
-    @pytest.mark.parametrize('moe', [True, False])
-    def test_is_frozen_and_in_eval(self, tiny, images, tmp_path, moe):
-        model = gated(tiny(depth=2)) if moe else tiny(depth=2).eval()
-        write_folder(model, tmp_path / 'teacher')
-        teacher = load_teacher(f'local-dir:{tmp_path / "teacher"}', 10, 3)
-        assert torch.equal(teacher(images), model(images))
-        assert not any(module.training for module in teacher.modules())
-        assert not any(p.requires_grad for p in teacher.parameters())
-
-    @pytest.mark.parametrize('classes, channels, words', [
-        (7, 3, 'has 10 classes, the student 7'), (10, 1, 'has 3 input channels, the student 1')])
-    def test_must_have_the_students_form(self, tiny, tmp_path, classes, channels, words):
-        write_folder(tiny(depth=2), tmp_path / 'teacher')
-        with pytest.raises(ValueError, match=f'--teacher local-dir:.*{words}'):
-            load_teacher(f'local-dir:{tmp_path / "teacher"}', classes, channels)
-
-    @pytest.mark.parametrize('name', ['local-dir:/no/such/folder', 'no_such_model', 'local-dir:'])
-    def test_must_exist(self, name):
-        with pytest.raises(ValueError, match=f'--teacher {name} can.t be loaded'):
-            load_teacher(name, 10, 3)
 
 
 def matmul(rows, inner, columns):

@@ -241,17 +241,6 @@ def test_class_names_must_be_as_many_as_classes(vit, tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_load(vit, images, tmp_path):
-    ewa.export(vit, tmp_path / 'out')
-    assert torch.equal(ewa.load(tmp_path / 'out').eval()(images), vit(images))
-    assert ewa.load(tmp_path / 'out', num_classes=3)(images).shape == (3, 3)
-    with pytest.raises(FileNotFoundError, match='is not a model folder: it has no config.json'):
-        ewa.load(tmp_path)
-    (tmp_path / 'out' / 'model.safetensors').unlink()
-    with pytest.raises(FileNotFoundError, match='it has no model.safetensors'):
-        ewa.load(tmp_path / 'out')
-
-
 class TestMoEFolder:
     @pytest.mark.parametrize('kwargs', [
         dict(num_experts=3, layers=[0, 3]),

@@ -72,7 +72,7 @@ def test_a_run_is_resumed_and_ends_where_it_ended(run, folder, tmp_path):
                 '--resume'])
 
     state = read_state(checkpoints(tmp_path / run)[-1])
-    assert (state['epoch'], state['update'], state['averager']) == (3, 12, {'steps': 12, 'pulls': 6})
+    assert (state.epoch, state.update, state.averager) == (3, 12, {'steps': 12, 'pulls': 6})
     rows, stored = summary(tmp_path / run), summary(GOLDEN / run)
     assert len(rows) == 3 and rows[:2] == stored[:2]
     assert rows[2].keys() == stored[2].keys()

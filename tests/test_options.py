@@ -1,17 +1,15 @@
 import re
 
 import pytest
-import timm
 import torch
 import yaml
 
-import ewa
-from ewa.moe import moe_layers
-from ewa.options import build_model, convert_parser, moe_arguments, train_parser
-from runs import FLAGS, ROOT, TINY, fails
-
-DENSE = {k: v for k, v in TINY.items() if k != 'host'}
-NAMED = ['--model', 'vit_tiny_patch16_224', '--model-kwargs', 'patch_size=7', 'embed_dim=32', 'depth=2', 'num_heads=2']
+from ewa.gathering import METHODS
+from ewa.moe import ROUTERS, RandomPartitionMoE, moe_layers
+from ewa.options import MOE_FLAGS, convert_parser, gathering_options, moe_arguments, train_parser
+from ewa.sources import build_model
+from ewa.upcycle import ARGUMENTS
+from runs import ROOT, fails
 
 
 def parse(*flags, config=None, tmp_path=None):
@@ -19,11 +17,6 @@ def parse(*flags, config=None, tmp_path=None):
         (tmp_path / 'c.yaml').write_text(config if isinstance(config, str) else yaml.safe_dump(config))
         flags = ['-c', str(tmp_path / 'c.yaml'), *flags]
     return train_parser().parse_args([str(flag) for flag in flags])
-
-
-def build(*flags):
-    torch.manual_seed(0)
-    return build_model(parse(*FLAGS, '--num-classes', 10, *flags))
 
 
 def error_of(*flags):
@@ -130,70 +123,47 @@ def test_only_given_expert_flags_are_passed():
         moe_arguments(parse('--moe-layers', '1,x'))
 
 
-def test_flags_reach_the_model():
-    model = build('--num-experts', 3, '--moe-layers', 'all', '--drop-path', 0.5, '--img-size', 35, '--in-chans', 2,
-                  '--gp', 'avg', '--num-classes', 6)
-    assert [len(layer.experts) for _, layer in moe_layers(model)] == [3, 3]
-    assert model.blocks[-1].drop_path1.drop_prob == 0.5 and model.global_pool == 'avg' and model.num_classes == 6
-    assert model(torch.randn(1, 2, 35, 35)).shape == (1, 6)
+def test_every_argument_of_to_moe_has_its_flag():
+    arguments = [argument for _, argument, _ in MOE_FLAGS]
+    assert len(set(arguments)) == len(arguments)
+    # renormalise is on for good reasons; --model-kwargs renormalise=False where there are better ones
+    assert set(arguments) == set(ARGUMENTS) - {'renormalise'}
 
 
-def test_a_dense_name_is_dense_or_a_moe():
-    dense = build(*NAMED)
-    assert type(dense) is timm.models.VisionTransformer and not any(moe_layers(dense))
-    moe = build(*NAMED, '--num-experts', 3)
-    assert moe.pretrained_cfg['architecture'] == 'vit_ewa' and [n for n, _ in moe_layers(moe)] == ['blocks.1.mlp']
-    with pytest.raises(ValueError, match='is dense; give --num-experts N'):
-        build(*NAMED, '--top-k', 2)
+def test_a_registered_router_can_be_chosen(monkeypatch):
+    assert 'whole-images' in error_of('--router', 'whole-images')
+    monkeypatch.setitem(ROUTERS, 'whole-images', RandomPartitionMoE)
+    assert moe_arguments(parse('--router', 'whole-images')) == dict(router='whole-images')
 
 
-@pytest.fixture
-def dense(tmp_path):
-    torch.manual_seed(5)
-    model = timm.create_model('vit_tiny_patch16_224', **DENSE)
-    torch.nn.init.uniform_(model.norm.weight)  # of weights that look fresh, experts would not be copies
-    timm.models.save_for_hf(model, tmp_path / 'dense', safe_serialization=True)
-    torch.save(model.state_dict(), tmp_path / 'dense.pth')
-    return model.state_dict()
+# from flags to a gathering method
+
+def convert(*flags):
+    return convert_parser().parse_args(['source', '--output', 'out', *flags])
 
 
-@pytest.mark.parametrize('name', ['dense', 'dense.pth'])
-def test_initial_checkpoint_is_copied_into_the_experts(dense, tmp_path, name):
-    model = build('--initial-checkpoint', tmp_path / name)
-    (layer,) = [layer for _, layer in moe_layers(model)]
-    for expert in layer.experts:
-        for key, value in expert.state_dict().items():
-            assert torch.equal(value, dense[f'blocks.1.mlp.{key}'])
-    rest = {k: v for k, v in model.state_dict().items() if '.experts.' not in k}
-    assert all(torch.equal(value, dense[key]) for key, value in rest.items()) and 'head.weight' in rest
+def test_every_option_of_a_method_is_a_flag_with_help():
+    text = ' '.join(convert_parser().format_help().split())
+    for method in METHODS.values():
+        assert f'{method.name}: {method.summary[:20]}'.replace('`', '') in text
+        for option in method.options:
+            assert f'--{option.name} ' in text and option.help[:30] in text
 
 
-def test_initial_checkpoint_of_a_moe_goes_where_it_belongs(tmp_path):
-    torch.manual_seed(5)
-    model = timm.create_model('vit_ewa', **TINY)
-    ewa.exporting.write_folder(model, tmp_path / 'moe')
-    built = build('--initial-checkpoint', tmp_path / 'moe')
-    assert all(torch.equal(value, built.state_dict()[key]) for key, value in model.state_dict().items())
+def test_options_go_to_the_methods_that_take_them():
+    assert gathering_options(convert(), METHODS) == {name: {} for name in METHODS}
+    given = convert('--rescale', '--lam', '0.5', '--reference', '2', '--score', 'norm')
+    assert {name: options for name, options in gathering_options(given, METHODS).items() if options} == dict(
+        sum=dict(rescale=True), top_kg=dict(rescale=True), svd_kg=dict(rescale=True), do_acp=dict(lam=0.5),
+        aligned=dict(reference=2), prune=dict(score='norm'))
+    assert gathering_options(convert('--lam', '0'), ['do_acp']) == dict(do_acp=dict(lam=0.))
 
 
-def test_pretrained_weights_get_another_classifier(dense, tmp_path):
-    model = build(*NAMED, '--pretrained-path', tmp_path / 'dense.pth')
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, dense[key]) == (key != 'head.weight')  # biases are zero in both
-    assert build(*NAMED, '--pretrained-path', tmp_path / 'dense.pth', '--num-classes', 4).num_classes == 4
-
-
-def test_a_folder_as_the_model(dense, tmp_path):
-    model = build_model(parse('--model', f'local-dir:{tmp_path / "dense"}', '--num-classes', 10, '--in-chans', 1))
-    assert all(torch.equal(value, dense[key]) for key, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize('flags, message', [
-    (['--model', 'vit_smal_ewa'], 'not a model; the nearest are vit_small_ewa'),
-    (['--model-kwargs', 'host=nope'], "host='nope'"),
-    (['--model-kwargs', 'patch_sise=7'], "can't be made with .*patch_sise"),
-    (['--initial-checkpoint', 'nope.pth'], 'nope.pth does not exist'),
+@pytest.mark.parametrize('flags, methods, message', [
+    (['--lam', '1'], ['average'], '--lam is an option of do_acp, not of average'),
+    (['--rescale'], ['aligned'], '--rescale is an option of sum, top_kg, svd_kg, not of aligned'),
+    (['--score', 'norm'], ['sum', 'average'], '--score is an option of prune, not of sum, average'),
 ])
-def test_mistakes_name_the_way_out(flags, message):
+def test_an_option_that_no_method_takes_is_refused(flags, methods, message):
     with pytest.raises(ValueError, match=message):
-        build(*flags)
+        gathering_options(convert(*flags), methods)

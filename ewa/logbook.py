@@ -1,0 +1,247 @@
+"""What a run tells: lines and a progress bar on the console, TensorBoard events, `summary.csv`, and the model folders.
+
+Everything lies in the folder of the run: `args.yaml`, `summary.csv`, events, and `last/` and `best/`, which hold the
+model itself (a MoE stays one) with its EMA weights beside it.
+"""
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional, TextIO
+
+import torch
+import yaml
+from accelerate import Accelerator
+from timm.utils import trim_summary, update_summary
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from .averaging import ExpertAverager
+from .checkpoint import RunState
+from .diagnostics import diagnose, similarity_figure, usage_figure
+from .distillation import benefit_kept
+from .exporting import write_folder
+
+
+def say(accelerator: Accelerator, message: str, file: Optional[TextIO] = None) -> None:
+    """A line on the console, from the main process alone and above the progress bar."""
+    if accelerator.is_main_process:
+        tqdm.write(message, file=file or sys.stdout)
+
+
+def learning_rate(optimizer: Optimizer) -> float:
+    """The largest of all parameter groups."""
+    return max(group['lr'] for group in optimizer.param_groups)
+
+
+class Logbook:
+    """Owns the records of a run, from its first line to its last; made on all processes, written by the main one.
+
+    Args:
+        accelerator: Of the run.
+        experiment: Folder of the run; it is made.
+        arguments: Written to `args.yaml`, so that `-c args.yaml` repeats the run.
+        state: Where the run begins.
+        epochs: Where it ends.
+        updates_per_epoch: Optimizer updates of an epoch.
+        log_interval: Updates between log entries.
+
+    Raises:
+        ValueError: The folder can't be made.
+    """
+
+    def __init__(
+            self,
+            accelerator: Accelerator,
+            experiment: Path,
+            arguments: Dict[str, Any],
+            state: RunState,
+            epochs: int,
+            updates_per_epoch: int,
+            log_interval: int = 50,
+    ) -> None:
+        self.accelerator = accelerator
+        self.experiment = experiment
+        self.epochs = epochs
+        self.updates_per_epoch = updates_per_epoch
+        self.log_interval = log_interval
+        self.metrics: Dict[str, float] = {}  # of the last validation
+        self.board: Optional[SummaryWriter] = None
+        if accelerator.is_main_process:
+            try:
+                experiment.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise ValueError(f'--output {arguments["output"]} can\'t be written: {e.strerror}.') from e
+            text = yaml.safe_dump(arguments)
+            (experiment / 'args.yaml').write_text(text)
+            trim_summary(str(experiment / 'summary.csv'), state.epoch + 1)
+            self.board = SummaryWriter(str(experiment), purge_step=state.update + 1 if state.update else None)
+            self.board.add_text('arguments', f'```\n{text}\n```')
+        self.interactive = accelerator.is_main_process and sys.stderr.isatty()
+        self.bar = tqdm(
+            total=epochs * updates_per_epoch, initial=state.update, disable=not self.interactive, unit='update',
+            dynamic_ncols=True,
+            bar_format='{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}]{postfix}')
+
+    def say(self, message: str, file: Optional[TextIO] = None) -> None:
+        """See `say`."""
+        say(self.accelerator, message, file)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Begin to sum up an epoch, counted from 0."""
+        self.epoch = epoch + 1
+        self.bar.set_description(f'epoch {self.epoch}/{self.epochs}')
+        self.loss_sum = torch.zeros((), device=self.accelerator.device)
+        self.batches = 0
+        self.images = 0
+        self.started = time.time()
+
+    def count(self, loss: Tensor, images: int) -> None:
+        """Add the loss and the images of a micro-batch of this process."""
+        self.loss_sum += loss.detach()
+        self.batches += 1
+        self.images += images * self.accelerator.num_processes
+
+    @property
+    def seconds(self) -> float:
+        """Since the epoch began."""
+        return time.time() - self.started
+
+    def log_update(
+            self,
+            update: int,
+            optimizer: Optimizer,
+            averager: Optional[ExpertAverager] = None,
+            routing: Optional[Dict[str, Tensor]] = None,
+    ) -> None:
+        """After an optimizer update: every `log_interval` of them, and at the end of an epoch, how training goes.
+
+        Args:
+            update: Its number in the run, from 1.
+            optimizer: What the learning rate is read from.
+            averager: Whose next rate is told; None without experts.
+            routing: Losses of gated layers by name; None without any.
+
+        Raises:
+            SystemExit: The loss is not finite; exit code 1.
+        """
+        self.bar.update()
+        last = update % self.updates_per_epoch == 0
+        if update % self.log_interval and not last:
+            return
+        self.loss = self.accelerator.reduce(self.loss_sum, reduction='mean').item() / self.batches
+        if not math.isfinite(self.loss):
+            self.say(f'The training loss is {self.loss} in epoch {self.epoch}: stopping.', sys.stderr)
+            sys.exit(1)
+        self.speed = self.images / self.seconds
+        if self.board is None:
+            return
+        scalars = {
+            'loss': self.loss, 'lr': learning_rate(optimizer), 'images_per_second': self.speed, 'epoch': self.epoch,
+            **{k: v.item() for k, v in (routing or {}).items()}}
+        if averager is not None:
+            scalars['share_rate'] = averager.share_rate
+        for key, scalar in scalars.items():
+            self.board.add_scalar(f'train/{key}', scalar, update)
+        top1 = self.metrics.get('top1', math.nan)
+        self.bar.set_postfix_str(f'loss {self.loss:.3f}, top-1 {top1:.1f}, {self.speed:.0f} images/s')
+        if not self.interactive and not last:
+            self.say(f'epoch {self.epoch}/{self.epochs} update {update} loss {self.loss:.4f} {self.speed:.0f} images/s')
+
+    def end_epoch(
+            self,
+            model: nn.Module,
+            state: RunState,
+            metrics: Dict[str, float],
+            improved: bool,
+            sample: Tensor,
+            optimizer: Optimizer,
+            ema: Optional[Dict[str, Tensor]] = None,
+    ) -> None:
+        """Write down what an epoch came to, and the model into `last/`, and into `best/` if it has improved.
+
+        Args:
+            model: The model itself, without wrappers.
+            state: After the epoch.
+            metrics: Of the validation; empty if there was none.
+            improved: Whether they are the best so far.
+            sample: Images that the usage of experts is shown on.
+            optimizer: What the learning rate is read from.
+            ema: EMA weights.
+        """
+        self.metrics = metrics or self.metrics
+        if self.board is None:
+            return
+        records = diagnose(model, [sample], align=False)
+        scalars = {f'eval/{k}': v for k, v in metrics.items()}
+        scalars.update({f'spent/{k}': v for k, v in state.spent.items()})
+        scalars.update({
+            f'experts_{k}/{record["layer"]}': record[k] for record in records
+            for k in ('distance', 'cosine', 'entropy', 'change') if k in record})
+        for key, scalar in scalars.items():
+            self.board.add_scalar(key, scalar, state.update)
+        if records and metrics:
+            self.board.add_figure('experts/similarity', similarity_figure(records), state.update)
+            usage = usage_figure(records)
+            if usage is not None:
+                self.board.add_figure('experts/usage', usage, state.update)
+        self.board.flush()
+        if metrics:
+            update_summary(
+                state.epoch, dict(loss=self.loss, **state.spent), metrics, str(self.experiment / 'summary.csv'),
+                lr=learning_rate(optimizer))
+        for folder in ['last'] + ['best'] * improved:
+            write_folder(
+                model, self.experiment / folder, state.class_names, state.data_config, state.provenance, ema,
+                overwrite=True, verify=False)
+        self.say(f'epoch {state.epoch}/{self.epochs}: loss {self.loss:.4f}{_scores(metrics)}, '
+                 f'{self.speed:.0f} images/s{_spread(records)}')
+
+    def close(
+            self,
+            state: RunState,
+            has_experts: bool,
+            teacher_top1: Optional[float] = None,
+            dense_top1: Optional[float] = None,
+    ) -> None:
+        """The last lines: what distillation came to, which epoch was best, and where the model is.
+
+        Args:
+            state: After the last epoch.
+            has_experts: Whether `convert.py` is of use.
+            teacher_top1: Accuracy of the teacher; None if there was none.
+            dense_top1: Accuracy of a dense model without a teacher.
+        """
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
+        if teacher_top1 is not None:
+            top1 = self.metrics['top1']
+            kept = '' if dense_top1 is None else (
+                f', {100 * benefit_kept(top1, dense_top1, teacher_top1):.1f} % of the benefit of the teacher '
+                f'({teacher_top1:.2f}) over a dense model ({dense_top1:.2f}) kept')
+            self.say(f'Distilled with {state.images} images, {state.pflops:.3g} PFLOP, {state.seconds:.0f} s: '
+                     f'top-1 {top1:.2f}{kept}.')
+        best, of_ema = state.best, state.best['weights'] == 'EMA'
+        self.say(f'Best {state.flags["eval_metric"]}: {best["value"]:.2f} in epoch {best["epoch"]}'
+                 + ' (EMA weights)' * of_ema + '.')
+        folder = self.experiment / 'best'
+        if has_experts:
+            self.say(f'Export the plain ViT with:  python convert.py {folder} --output {self.experiment / "vit"}'
+                     + ' --use-ema' * of_ema)
+        else:
+            self.say(f'The model is in {folder}' + ' (ema.safetensors)' * of_ema + '.')
+
+
+def _scores(metrics: Dict[str, float]) -> str:
+    if not metrics:
+        return ''
+    ema = f', EMA {metrics["ema_top1"]:.2f}' if 'ema_top1' in metrics else ''
+    return f', validation loss {metrics["loss"]:.4f}, top-1 {metrics["top1"]:.2f}{ema}'
+
+
+def _spread(records: List[Dict[str, Any]]) -> str:
+    distances = [record['distance'] for record in records if 'distance' in record]
+    return f', experts {sum(distances) / len(distances):.2g} from their mean' if distances else ''

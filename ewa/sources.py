@@ -1,0 +1,249 @@
+"""Models from where they lie: by name and flags, a model folder, a checkpoint folder, a bare file, a teacher.
+
+Whatever timm or a reader of files has to say of a wrong name, argument or file comes out as a `ValueError` of one line.
+"""
+import argparse
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
+
+import safetensors.torch
+import timm
+import torch
+from timm.models import get_model_input_config, load_state_dict
+from timm.models._hub import load_model_config_from_path
+from torch import Tensor, nn
+
+from .checkpoint import load_ema, read_state
+from .distillation import forward_flops
+from .foreign import foreign
+from .options import moe_arguments
+from .stacked import unstack
+from .vision_transformer import HOSTS, has_experts
+
+PathLike = Union[str, os.PathLike]
+
+
+def read_config(directory: Path) -> Dict[str, Any]:
+    """`config.json` of a model folder.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    path = directory / 'config.json'
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as e:  # UnicodeDecodeError among them
+        raise ValueError(f'{path} is damaged, it is not JSON: {e}') from e
+    if not isinstance(config, dict) or not isinstance(config.get('architecture'), str):
+        raise ValueError(f'{path} names no architecture: it is damaged or not of timm.')
+    return config
+
+
+def load(directory: PathLike, ema: bool = False, **kwargs) -> nn.Module:
+    """The model of a folder, dense or MoE, with its weights.
+
+    Args:
+        directory: A folder by `ewa.export`, `last/` or `best/` of a training run, or one of its `checkpoints/`.
+        ema: Take the EMA weights that lie beside the others.
+        **kwargs: For `timm.create_model`, e.g. `num_classes` or `img_size`.
+
+    Raises:
+        FileNotFoundError: No model folder there.
+        ValueError: What is there is damaged, or the arguments do not fit.
+    """
+    directory = Path(directory)
+    if not (directory / 'config.json').is_file() and (directory / 'state.json').is_file():
+        return _load_checkpoint_folder(directory, ema, kwargs)
+    for name in ('config.json', 'ema.safetensors' if ema else 'model.safetensors'):
+        if not (directory / name).is_file():
+            kind = 'has no EMA weights' if name == 'ema.safetensors' else 'is not a model folder'
+            raise FileNotFoundError(f'{directory} {kind}: it has no {name}.')
+    read_config(directory)
+    if ema:
+        kwargs['pretrained_cfg_overlay'] = dict(source='', file='', state_dict=load_ema(directory))
+    with foreign(f'{directory} can\'t be loaded' + f' with {kwargs}' * bool(kwargs and not ema)):
+        return timm.create_model(f'local-dir:{directory}', pretrained=True, **kwargs)
+
+
+def _load_checkpoint_folder(directory: Path, ema: bool, kwargs: Dict[str, Any]) -> nn.Module:
+    state = read_state(directory)
+    weights = load_ema(directory) if ema else read_weights(directory / 'model.safetensors')
+    args = dict(state.model)
+    architecture = args.pop('architecture')
+    overlay = dict(state_dict=weights, num_classes=args.get('num_classes'), **state.data_config)
+    with foreign(f'{directory} can\'t be loaded'):
+        return timm.create_model(
+            architecture, pretrained=True, pretrained_cfg_overlay=overlay, **{**args, **kwargs})
+
+
+def read_weights(path: Path, ema: bool = False) -> Dict[str, Tensor]:
+    """The tensors of a file, of timm's training script or bare; a pickle's code is never run.
+
+    Raises:
+        ValueError: It holds something else.
+    """
+    with foreign(f'{path} can\'t be read as tensors'):
+        return load_state_dict(str(path), use_ema=ema)
+
+
+def load_source(
+        source: PathLike,
+        ema: bool = False,
+        model: Optional[str] = None,
+        model_kwargs: Optional[Dict[str, Any]] = None,
+        img_size: Optional[int] = None,
+        in_chans: Optional[int] = None,
+) -> Tuple[nn.Module, Dict[str, Any]]:
+    """The MoE model of `convert.py`'s SRC and what is known of its training.
+
+    Args:
+        source: Model folder, checkpoint folder, or a bare file of weights.
+        ema: Take the EMA weights.
+        model: Architecture of a bare file.
+        model_kwargs: Its arguments; the number of classes is found from the weights.
+        img_size: Of a bare file, if it is not the architecture's.
+        in_chans: Likewise.
+
+    Returns:
+        The model, and `class_names` and `provenance` as far as they are known.
+
+    Raises:
+        ValueError, FileNotFoundError: There is no model, or not such a model.
+    """
+    source = Path(source)
+    if (source / 'config.json').is_file():
+        config = read_config(source)
+        return load(source, ema), dict(class_names=config.get('label_names'), provenance=config.get('ewa', {}))
+    if (source / 'state.json').is_file():
+        state = read_state(source)
+        return load(source, ema), dict(class_names=state.class_names, provenance=state.provenance)
+    if source.is_dir():
+        inside = [name for name in ('best', 'last') if (source / name / 'config.json').is_file()]
+        raise ValueError(f'{source} is neither a model folder nor a checkpoint folder'
+                         + (f'; did you mean {source / inside[0]}?' if inside else
+                            ': it has no config.json or state.json.'))
+    if not source.is_file():
+        raise ValueError(f'{source} does not exist.')
+    if not model:
+        raise ValueError(
+            f'{source} is a bare file of weights: name their architecture with --model, e.g. vit_small_ewa.')
+    sizes = {key: value for key, value in (('img_size', img_size), ('in_chans', in_chans)) if value is not None}
+    return _load_bare_file(source, ema, model, {**sizes, **(model_kwargs or {})}), {}
+
+
+def _load_bare_file(path: Path, ema: bool, name: str, kwargs: Dict[str, Any]) -> nn.Module:
+    if not timm.is_model(name.split('.')[0]):
+        raise ValueError(f'--model {name} is not a model.')
+    weights = unstack(read_weights(path, ema))
+    if ema:
+        raw = unstack(read_weights(path))
+        if all(torch.equal(raw[key], value) for key, value in weights.items()):
+            raise ValueError(f'{path} has no EMA weights.')
+    if not has_experts(weights):
+        raise ValueError(f'{path} has no experts: these are the weights of a dense model.')
+    given = dict(kwargs)
+    cfg = timm.models.get_pretrained_cfg(kwargs.get('host') or name.split('.')[0])
+    classifier = getattr(cfg, 'classifier', None) or ''
+    classifier = weights.get(f'{classifier if isinstance(classifier, str) else classifier[0]}.weight')
+    if classifier is not None:
+        kwargs.setdefault('num_classes', len(classifier))
+    overlay = dict(state_dict=weights, num_classes=kwargs.get('num_classes'))
+    try:
+        with foreign('timm can\'t make it'):
+            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    except ValueError as e:
+        raise ValueError(f'{path} can\'t be loaded into {name} with {given}: {str(e)[:300]}') from e
+
+
+def load_teacher(name: str, num_classes: int, image_shape: Sequence[int]) -> Tuple[nn.Module, int]:
+    """A teacher in `eval()` without gradients.
+
+    Args:
+        name: `local-dir:DIR` of a folder by `train.py` or `ewa.export`, or a timm name with pretrained weights.
+        num_classes: Classes of the student.
+        image_shape: `(C, H, W)` of the student's images.
+
+    Returns:
+        The model and the floating-point operations of its forward pass for one image.
+
+    Raises:
+        ValueError: There is no such model, or it has other classes or takes other images than the student.
+    """
+    try:
+        with foreign('timm can\'t make it'):
+            teacher = timm.create_model(name, pretrained=True)
+    except ValueError as e:
+        raise ValueError(
+            f'--teacher {name} can\'t be loaded: {e}. Give local-dir:DIR or a pretrained timm name.') from e
+    if teacher.num_classes != num_classes:
+        raise ValueError(f'--teacher {name} has {teacher.num_classes} classes, the student {num_classes}.')
+    if getattr(teacher, 'in_chans', image_shape[0]) != image_shape[0]:
+        raise ValueError(f'--teacher {name} has {teacher.in_chans} input channels, the student {image_shape[0]}.')
+    try:
+        flops = forward_flops(teacher, image_shape)
+    except ValueError as e:
+        raise ValueError(f'--teacher {name} can\'t take the images of the student: {e}') from e
+    return teacher.eval().requires_grad_(False), flops
+
+
+def _given_weights(path: Path, args: argparse.Namespace) -> Dict[str, Any]:
+    """What a `pretrained_cfg` is overlaid with, so that timm starts from a file or folder."""
+    if not path.exists():
+        raise ValueError(f'{path} does not exist.')
+    # the classifier is part of an initial checkpoint; of pretrained weights it is replaced, as by timm
+    overlay: Dict[str, Any] = dict(file=str(path), num_classes=args.num_classes if args.initial_checkpoint else -1)
+    if path.is_dir():
+        with foreign(f'{path} is not a model folder'):
+            overlay.update(source='local-dir', input_size=load_model_config_from_path(path)[0]['input_size'])
+    return overlay
+
+
+def build_model(args: argparse.Namespace) -> nn.Module:
+    """The model of `--model` and the expert flags, with the weights that were asked for.
+
+    A dense name with `--num-experts` becomes the generic entry `vit_ewa(host=NAME)`.
+
+    Raises:
+        ValueError: Unknown name or argument, weights of another model, or images of other channels than `--in-chans`.
+    """
+    name, kwargs = args.model, dict(args.model_kwargs)
+    experts = moe_arguments(args)
+    source = name.split(':')[0] if ':' in name else None
+    architecture, _, tag = ('', '', '') if source else name.partition('.')
+    if not source and not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.)
+        raise ValueError(f'--model {name} is not a model; the nearest are {", ".join(close)}.')
+    is_entry = architecture in HOSTS
+    if experts and not is_entry and not source:
+        if 'num_experts' not in experts:
+            raise ValueError(f'--model {name} is dense; give --num-experts N to train it as a mixture of experts.')
+        kwargs.update(host=architecture)
+        name = f'vit_ewa.{tag}' if tag else 'vit_ewa'
+    elif is_entry and architecture != 'vit_ewa' and 'host' in kwargs:
+        raise ValueError(f'--model {name} has the host {HOSTS[architecture]}; for host={kwargs["host"]} give --model '
+                         'vit_ewa.')
+    kwargs.update(experts)
+
+    host = kwargs.get('host') or HOSTS.get(architecture) or architecture
+    if not source and not timm.is_model(host):
+        raise ValueError(f'host={host!r} is not a model that timm knows.')
+    if args.img_size is not None and (source or timm.get_pretrained_cfg_value(host, 'fixed_input_size')):
+        kwargs.setdefault('img_size', args.img_size)
+    kwargs.update({k: v for k, v in dict(
+        in_chans=args.in_chans, num_classes=args.num_classes, global_pool=args.gp, drop_rate=args.drop,
+        drop_path_rate=args.drop_path).items() if v is not None})
+
+    given = args.initial_checkpoint or args.pretrained_path
+    problem = f'{name} can\'t be made with {kwargs}'
+    if given:
+        kwargs['pretrained_cfg_overlay'] = _given_weights(Path(given), args)
+        problem = f'{given} can\'t be loaded into {name} with {kwargs}'
+    with foreign(problem):
+        model = timm.create_model(name, pretrained=bool(args.pretrained or given or source), **kwargs)
+    channels = get_model_input_config(model)['input_size'][0]
+    if channels != (args.in_chans or 3):
+        raise ValueError(f'--model {args.model} takes images of {channels} channels: give --in-chans {channels}.')
+    return model
