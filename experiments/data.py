@@ -35,7 +35,7 @@ import tempfile
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image, ImageOps, features
@@ -58,14 +58,14 @@ FASHION_SOURCE = '/usr/share/datasets/fashion-mnist'
 FRACTIONS = dict(train=0.7, val=0.1, test=0.2)
 
 
-def write_set(output: str, splits: Dict[str, Iterable[Tuple[str, str, Image.Image]]], info: dict) -> dict:
+def write_set(output: str, splits: Mapping[str, Iterable[Tuple[str, str, Image.Image]]], info: dict) -> dict:
     """Write {split: (class, name, image), ...} as tar files, with `info.json`; `output` appears whole or not."""
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f'.{output.name}.', dir=output.parent))
     try:
         temporary.chmod(0o755)
-        counts = {}
+        counts: Dict[str, Counter] = {}
         for split, images in splits.items():
             counts[split] = Counter()
             with tarfile.open(temporary / f'{split}.tar', 'w', format=tarfile.USTAR_FORMAT) as tar:

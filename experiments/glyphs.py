@@ -86,7 +86,8 @@ def split_families(
         groups[superfamily(name)].append(name)
     order = rng.permutation(sorted(groups)).tolist()
     order.sort(key=lambda key: -max(characters[name] for name in groups[key]))
-    parts, dealt = {part: [] for part in fractions}, 0
+    parts: Dict[str, List[str]] = {part: [] for part in fractions}
+    dealt = 0
     for key in order:
         dealt += len(groups[key])
         part = max(parts, key=lambda p: fractions[p] * dealt - len(parts[p]))
@@ -149,14 +150,14 @@ def find_fonts(source: Path) -> Dict[str, Path]:
             any(word in style for word in ('italic', 'oblique', 'bold', 'black', 'thin', 'condensed')),
             len(style), path.as_posix())
 
-    faces = {}
+    faces: Dict[str, Tuple[Tuple, Path]] = {}
     for path in sorted(p for p in source.rglob('*') if p.suffix.lower() in ('.ttf', '.otf')):
         try:
             name, style = ImageFont.truetype(path, 16).getname()
         except OSError:
             continue
         family = base_family(name or path.stem)
-        rank = (family != name,) + irregularity(style or '', path)
+        rank = (family != name, *irregularity(style or '', path))
         faces[family] = min(faces.get(family, (rank, path)), (rank, path))
     return {family: path for family, (_, path) in sorted(faces.items())}
 
@@ -207,13 +208,14 @@ def render(glyph: Image.Image, size: int, rng: np.random.Generator, contrast: fl
     scale = side / max(glyph.width * stretch, glyph.height)
     glyph = glyph.resize((max(2, round(glyph.width * stretch * scale)), max(2, round(glyph.height * scale))))
     ink = Image.new('L', (size, size))
-    ink.paste(glyph, tuple(int(rng.integers(0, size - side + 1)) for side in glyph.size))
+    left, top = (int(rng.integers(0, size - side + 1)) for side in glyph.size)
+    ink.paste(glyph, (left, top))
     ink = np.asarray(ink, np.float32)[:, :, None] / 255
 
     while True:
         colours = rng.uniform(0, 255, (3, 3)).astype(np.float32)  # ink, two ends of the gradient
         colours[2] = np.clip(colours[1] + rng.uniform(-50, 50, 3), 0, 255)
-        luminance = colours @ np.float32([0.299, 0.587, 0.114])
+        luminance = colours @ np.array([0.299, 0.587, 0.114], np.float32)
         if luminance[1:].min() - luminance[0] >= contrast:
             break
     angle = rng.uniform(0, 2 * math.pi)

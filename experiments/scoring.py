@@ -3,7 +3,7 @@
 Axis legend: `n` images, `C` channels, `H` and `W` height and width, `K` classes.
 """
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, ClassVar, Dict, List, Optional, Tuple
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -19,13 +19,14 @@ from ewa.moe import RandomPartitionMoE, moe_layers
 class Memory(Wrapper):
     """Keeps the images of a split as they leave the transform, for runs without augmentation; one copy a process."""
 
-    _kept: Dict[Tuple[str, str], Dict[int, Any]] = {}
+    _kept: ClassVar[Dict[Tuple[str, str], Dict[int, Any]]] = {}
 
     def __init__(self, dataset: Dataset, key: str) -> None:
         super().__init__(dataset)
-        self.key, self.kept = key, {}
+        self.key = key
+        self.kept: Dict[int, Any] = {}
 
-    @Wrapper.transform.setter
+    @Wrapper.transform.setter  # type: ignore[attr-defined]  # mypy knows no setters of inherited properties
     def transform(self, transform) -> None:
         self.dataset.transform = transform
         self.kept = self._kept.setdefault((self.key, repr(transform)), {})

@@ -1,11 +1,12 @@
 """What the tables of the studies are made of: lines of results, picked, paired and written down as Markdown."""
 import statistics
 from textwrap import fill
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple, TypeVar
 
 from scipy.stats import t as student
 
 Lines = List[Dict[str, Any]]
+T = TypeVar('T')
 
 
 def mean_se(values: Sequence[float], digits: int = 2, sign: bool = False) -> str:
@@ -52,7 +53,7 @@ def unique(lines: Lines, label: str) -> List[Any]:
     return list(dict.fromkeys(line['labels'][label] for line in lines if label in line['labels']))
 
 
-def by_seed(lines: Lines, read: Callable[[Dict[str, Any]], float]) -> Dict[int, float]:
+def by_seed(lines: Lines, read: Callable[[Dict[str, Any]], T]) -> Dict[int, T]:
     """Seed to what is read of its line."""
     return {line['labels']['seed']: read(line) for line in lines}
 

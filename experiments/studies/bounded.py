@@ -16,12 +16,14 @@ def runs(s: Setting) -> Iterator[List[Run]]:
     for seed in range(s.seeds or 3):
         for epochs in s.lengths[::-1]:
             for lr in (s.flags['lr'], low):
-                for bound in (0.05, 0.15, 0.45):
-                    trainings.append(s.train(f'bound-{bound}-{lr}', dict(bound=bound, lr=lr, seed=seed), s.size, epochs,
-                                        f'bound {bound}', **dict(EWA, lr=lr)))
-            for rate in (0., 1e-3, 1e-2, .1):
-                trainings.append(s.train(f'rate-{rate:g}-{low}', dict(rate=rate, lr=low, seed=seed), s.size, epochs,
-                                    **dict(EWA, lr=low, **{'share-rate': rate})))
+                trainings += [
+                    s.train(f'bound-{bound}-{lr}', dict(bound=bound, lr=lr, seed=seed), s.size, epochs,
+                            f'bound {bound}', **dict(EWA, lr=lr))
+                    for bound in (0.05, 0.15, 0.45)]
+            trainings += [
+                s.train(f'rate-{rate:g}-{low}', dict(rate=rate, lr=low, seed=seed), s.size, epochs,
+                        **dict(EWA, lr=low, **{'share-rate': rate}))
+                for rate in (0., 1e-3, 1e-2, .1)]
     yield trainings
 
 

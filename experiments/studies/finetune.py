@@ -1,6 +1,6 @@
 """Pretrained on half of the classes, fine-tuned on the others with few images."""
 import statistics
-from typing import Dict, Iterator, List, Tuple
+from typing import Dict, Iterator, List, Sequence, Tuple
 
 from ..data import classes_of, subset
 from ..runner import Run
@@ -38,7 +38,7 @@ def runs(s: Setting) -> Iterator[List[Run]]:
 
 def tables(lines: Lines, name: str) -> str:
     """The table of the study `finetune`: each variant at its better learning rate by validation."""
-    rows = []
+    rows: List[Sequence[str]] = []
     sizes = sorted(unique(lines, 'images'))
     pick: Dict[Tuple[int, str], Lines] = {}
     for size in sizes:

@@ -1,7 +1,7 @@
 """Pulls on a gated MoE, and what averaging its experts then costs."""
 import math
 import statistics
-from typing import Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Sequence
 
 from ..runner import Run
 from ..setting import GATED, Notes, Setting, Study
@@ -11,7 +11,7 @@ from ..tables import Lines, by_seed, mean_se, paired, provenance, scored, select
 def runs(s: Setting) -> Iterator[List[Run]]:
     """A gated MoE with and without pulls, and what averaging its experts then costs."""
     seeds = range(s.seeds or 5)
-    rates = {'no pull': {'share-rate': 0.}}
+    rates: Dict[str, Dict[str, Any]] = {'no pull': {'share-rate': 0.}}
     rates.update({f'EWA {rate:g}': {'share-rate': rate} for rate in (1e-3, 1e-2, .1)})
     rates.update({f'EWA {rate:g}, linear': {'share-rate': rate, 'share-schedule': 'linear'} for rate in (3e-3, 1e-2)})
     rates['EWA 0.01, first half'] = {'share-rate': 1e-2, 'share-stop-epoch': s.lengths[1] / 2}
@@ -32,7 +32,7 @@ def runs(s: Setting) -> Iterator[List[Run]]:
 def tables(lines: Lines, name: str) -> str:
     """The table of the study `gated`: the MoE with pulls, and its average."""
     dense = by_seed(select(lines, variant='dense'), scored('top1'))
-    rows = []
+    rows: List[Sequence[str]] = []
     order = ('dense', 'dense, longer', 'no pull', 'no pull, longer')
     variants = sorted(unique(lines, 'variant'), key=lambda v: (order.index(v) if v in order else len(order), v))
     for variant in variants:

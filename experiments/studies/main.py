@@ -5,12 +5,13 @@ from typing import Callable, Dict, Iterator, List, Sequence, Tuple
 from matplotlib.figure import Figure
 
 from ..runner import Run
-from ..setting import EWA, Notes, Setting, Study
+from ..setting import EWA, Flags, Notes, Setting, Study
 from ..tables import Lines, by_seed, mean_se, paired, provenance, scored, select, table, unique, with_interval, wrap
 from .tune import FAMILIES, NARROW, chosen
 
 Groups = Dict[str, Dict[Tuple[int, int], Lines]]
 Cells = Sequence[Tuple[int, int]]
+Variant = Tuple[str, Flags, str, str, int, Flags]  # name, flags, baseline, family, stages of tuning, more flags
 PAIRS = (('EWA', 'dense'), ('EWA, every second', 'dense'), ('EWA 0.01, every second', 'dense'),
          ('EWA, every second', 'EWA'), ('EWA 0.01, every second', 'EWA, every second'),
          ('EWA, drop-path', 'dense, drop-path'), ('EWA', 'dense, drop-path'),
@@ -28,11 +29,12 @@ def runs(s: Setting) -> Iterator[List[Run]]:
     first += [(f'{name}, drop-path', *FAMILIES[name], name, 3, {}) for name in ('dense', 'EWA', 'no pull')]
     # where the package puts experts if it is not told otherwise
     first.append(('EWA, every second', dict(EWA, **{'moe-layers': 'every:2'}), '', 'EWA', 2, {}))
-    others = [('whole images', EWA, 'whole images', 'EWA', 2, {}),
+    others: List[Variant] = [('whole images', EWA, 'whole images', 'EWA', 2, {}),
               ('static fusion', fusion[0], 'static fusion', 'learned fusion', 2, {}),
               ('learned fusion', *fusion, 'learned fusion', 2, {})]
-    stronger = [('EWA 0.01, every second', dict(EWA, **{'moe-layers': 'every:2', 'share-rate': .01}), '', 'EWA', 2, {})]
-    pulls = [('full pull', *FAMILIES['full pull'], 'full pull', 2, {}),
+    stronger: List[Variant] = [
+        ('EWA 0.01, every second', dict(EWA, **{'moe-layers': 'every:2', 'share-rate': .01}), '', 'EWA', 2, {})]
+    pulls: List[Variant] = [('full pull', *FAMILIES['full pull'], 'full pull', 2, {}),
              ('full pull, drop-path', *FAMILIES['full pull'], 'full pull', 3, {}),
              ('dense, half FFN lr', {}, 'FFN lr 0.5', 'full pull', 2, {})]
     short, long = s.lengths

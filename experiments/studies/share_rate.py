@@ -71,7 +71,7 @@ def tables(lines: Lines, name: str) -> str:
         dense = select(lines, variant='dense', epochs=group[0]['labels']['epochs'])
         return mean_se(paired(by_seed(group, scored(key)), by_seed(dense, scored(key))), digits, True)
 
-    rows = []
+    rows: List[Sequence[str]] = []
     for epochs in lengths:
         dense = select(lines, variant='dense', epochs=epochs)
         if dense:
