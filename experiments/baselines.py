@@ -1,28 +1,24 @@
 """What EWA is compared with, and is no part of the package: other partitions, weight fusion, a bounded distance.
 
-Each is put in the place of a class of `ewa` or of the optimizer while a run of `train.py` lasts, so that all else stays
-the same loop.
+Each enters where the package lets a user in: layers as routers of `ewa.to_moe`, the bound as a policy of share rates,
+and the slower FFNs as an optimizer of `train.main`. So all else stays the same loop.
 
 Axis legend: `B` images, `N` tokens of an image, `D` width, `E` experts.
 """
-import contextlib
 from functools import partial
-from typing import Iterator
-from unittest import mock
+from typing import Any, Dict, Iterable, Tuple
 
 import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import ewa
-import train
-from ewa.averaging import ExpertAverager
+from ewa.averaging import RatePolicy
 from ewa.diagnostics import distances_to_mean
 from ewa.ffn import find_ffns
-from ewa.moe import ROUTERS, RandomPartitionMoE, mean_state, moe_layers
+from ewa.moe import MoELayer, RandomPartitionMoE, mean_state, register_router
 from ewa.partition import random_partition
-from ewa.pull import max_share_rate, pull_
+from ewa.pull import max_share_rate
 
 
 class ImagePartitionMoE(RandomPartitionMoE):
@@ -51,7 +47,7 @@ class FusedMoE(RandomPartitionMoE):
 class LearnedFusionMoE(RandomPartitionMoE):
     """Weight fusion with one learned coefficient an expert, a softmax over `E` scores that start equal."""
 
-    def __init__(self, experts) -> None:
+    def __init__(self, experts: Iterable[nn.Module]) -> None:
         super().__init__(experts)
         self.scores = nn.Parameter(torch.zeros(len(self.experts)))
 
@@ -62,25 +58,18 @@ class LearnedFusionMoE(RandomPartitionMoE):
         return functional_call(self.experts[0], fused, (x,))
 
 
-class BoundedAverager(ExpertAverager):
-    """Pulls just as much as keeps each layer's experts within a relative distance of their mean.
+def bounded_share_rate(bound: float) -> RatePolicy:
+    """The policy that pulls just as much as keeps each layer's experts within a relative distance of their mean.
 
     With the distance `d = sqrt(mean_e |W_e - W_mean|^2) / |W_mean|` of a layer and the bound `b`, deviations from the
     mean are multiplied by `min(1, b/d)`: the experts are projected onto the set `d <= b`. The share rate that does this
     is `(E-1)/E * (1 - b/d)`, a new one for each layer and step; there is nothing else to tune.
     """
+    def policy(layer: MoELayer, t: int) -> float:
+        distance = distances_to_mean(layer)['']
+        return max_share_rate(len(layer.experts)) * (1 - bound / distance) if distance > bound else 0.
 
-    bound = 0.1
-
-    @torch.no_grad()
-    def step(self) -> None:
-        self.steps += 1
-        self.pulls += 1
-        distances = distances_to_mean(self.model)
-        for name, layer in moe_layers(self.model):
-            experts = [list(expert.parameters()) for expert in layer.experts]
-            if distances[name] > self.bound:
-                pull_(experts, max_share_rate(len(experts)) * (1 - self.bound / distances[name]), self.pulls)
+    return policy
 
 
 def slow_ffns(model: nn.Module, scale: float, **kwargs) -> torch.optim.Optimizer:
@@ -100,27 +89,23 @@ def slow_ffns(model: nn.Module, scale: float, **kwargs) -> torch.optim.Optimizer
 
 
 LAYERS = {'whole images': ImagePartitionMoE, 'static fusion': FusedMoE, 'learned fusion': LearnedFusionMoE}
+for name, layer in LAYERS.items():
+    register_router(name.replace(' ', '-'), layer)
 
 
-@contextlib.contextmanager
-def baseline(name: str) -> Iterator[None]:
-    """Build and train models with a baseline in the place of random partition or of the pull, inside this context.
+def baseline(name: str) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """Flags and keyword arguments of `train.main` that put a baseline in the place of random partition or of the pull.
 
     Args:
-        name: A key of `LAYERS`, `'bound B'` for `BoundedAverager` with the bound `B`, `'FFN lr S'` for `slow_ffns` with
-            the scale `S`, or '' for nothing.
+        name: A key of `LAYERS`, `'bound B'` for `bounded_share_rate` with the bound `B`, `'FFN lr S'` for `slow_ffns`
+            with the scale `S`, or '' for nothing.
     """
+    if not name:
+        return {}, {}
     if name in LAYERS:
-        with mock.patch.dict(ROUTERS, random=LAYERS[name]):
-            yield
-    elif name.startswith('bound '):
-        averager = type('BoundedAverager', (BoundedAverager,), dict(bound=float(name.split()[1])))
-        with mock.patch.object(ewa, 'ExpertAverager', averager):
-            yield
-    elif name.startswith('FFN lr '):
-        with mock.patch.object(train, 'create_optimizer_v2', partial(slow_ffns, scale=float(name.split()[2]))):
-            yield
-    elif name:
-        raise ValueError(f'no baseline is called {name!r}; there are {", ".join(LAYERS)}, "bound B" and "FFN lr S"')
-    else:
-        yield
+        return {'router': name.replace(' ', '-')}, {}
+    if name.startswith('bound '):
+        return {}, {'share_rate': bounded_share_rate(float(name.removeprefix('bound ')))}
+    if name.startswith('FFN lr '):
+        return {}, {'create_optimizer': partial(slow_ffns, scale=float(name.removeprefix('FFN lr ')))}
+    raise ValueError(f'no baseline is called {name!r}; there are {", ".join(LAYERS)}, "bound B" and "FFN lr S"')

@@ -60,9 +60,9 @@ FRACTIONS = dict(train=0.7, val=0.1, test=0.2)
 
 def write_set(output: str, splits: Mapping[str, Iterable[Tuple[str, str, Image.Image]]], info: dict) -> dict:
     """Write {split: (class, name, image), ...} as tar files, with `info.json`; `output` appears whole or not."""
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f'.{output.name}.', dir=output.parent))
+    target = Path(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent))
     try:
         temporary.chmod(0o755)
         counts: Dict[str, Counter] = {}
@@ -87,7 +87,7 @@ def write_set(output: str, splits: Mapping[str, Iterable[Tuple[str, str, Image.I
                 freetype=features.version('freetype2'), **info.get('versions', {})),
         )
         (temporary / 'info.json').write_text(json.dumps(info, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-        os.rename(temporary, output)
+        os.rename(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -197,8 +197,8 @@ def make_glyphs(args) -> dict:
             'must be at least 16, 10 and 4')
     with ProcessPoolExecutor(args.workers) as pool:
         fonts = find_fonts(source)
-        faces = select_faces([face for face in pool.map(load_face, fonts, fonts.values(), chunksize=8) if face])
-    faces = {face.family: face for face in drop_outliers(faces)}
+        found = select_faces([face for face in pool.map(load_face, fonts, fonts.values(), chunksize=8) if face])
+    faces = {face.family: face for face in drop_outliers(found)}
     members = split_families({k: len(f.glyphs) for k, f in faces.items()}, FRACTIONS, np.random.default_rng(args.seed))
 
     def enough(char, split):

@@ -33,7 +33,7 @@ PACKAGES = [f'fonts-{name}' for name in """
     smc-meera smc-rachana smc-suruma smc-uroob smiley-sans sora spleen staypuft summersby teluguvijayam
     terminus tiresias tlwg-garuda-otf tlwg-laksaman-otf tlwg-loma-otf tlwg-sawasdee-otf tuffy ukij-uyghur
     unfonts-extra urw-base35 vollkorn woowa-bm yanone-kaffeesatz yozvox-yozfont-antique yozvox-yozfont-edu yrsa-rasa
-""".split()]
+""".split()]  # noqa: SIM905  a list of so many would be a page long
 
 # One character per shape: left out is what cannot be told apart once size, height on the line and slant are random
 # (c/C, o/O/0, l/I/|, Latin/Greek/Cyrillic A, Í/í, breve/caron). The first of two that one font draws alike is kept.
@@ -127,11 +127,11 @@ def load_face(family: str, path: Path) -> Optional[Face]:
     try:
         font = ImageFont.truetype(path, GLYPH_SIZE, layout_engine=ImageFont.Layout.BASIC)
         missing = draw_glyph(font, '\U0010fffd')
-        glyphs = {char: draw_glyph(font, char) for char in CLASSES}
+        drawn = {char: draw_glyph(font, char) for char in CLASSES}
     except OSError:  # bitmap fonts of one size, faulty instructions
         return None
-    missing = missing and (missing.size, missing.tobytes())
-    glyphs = {c: g for c, g in glyphs.items() if g is not None and (g.size, g.tobytes()) != missing}
+    empty = missing and (missing.size, missing.tobytes())
+    glyphs = {c: g for c, g in drawn.items() if g is not None and (g.size, g.tobytes()) != empty}
     if glyphs:
         vectors = shape_vectors(list(glyphs.values()))
         aspect = np.array([math.log(g.width / g.height) for g in glyphs.values()])
@@ -150,7 +150,7 @@ def find_fonts(source: Path) -> Dict[str, Path]:
             any(word in style for word in ('italic', 'oblique', 'bold', 'black', 'thin', 'condensed')),
             len(style), path.as_posix())
 
-    faces: Dict[str, Tuple[Tuple, Path]] = {}
+    faces: Dict[str, Tuple[tuple, Path]] = {}
     for path in sorted(p for p in source.rglob('*') if p.suffix.lower() in ('.ttf', '.otf')):
         try:
             name, style = ImageFont.truetype(path, 16).getname()
@@ -207,10 +207,9 @@ def render(glyph: Image.Image, size: int, rng: np.random.Generator, contrast: fl
     side, stretch = size * rng.uniform(0.65, 0.95), rng.uniform(0.8, 1.25)
     scale = side / max(glyph.width * stretch, glyph.height)
     glyph = glyph.resize((max(2, round(glyph.width * stretch * scale)), max(2, round(glyph.height * scale))))
-    ink = Image.new('L', (size, size))
-    left, top = (int(rng.integers(0, size - side + 1)) for side in glyph.size)
-    ink.paste(glyph, (left, top))
-    ink = np.asarray(ink, np.float32)[:, :, None] / 255
+    canvas = Image.new('L', (size, size))
+    canvas.paste(glyph, (int(rng.integers(0, size - glyph.width + 1)), int(rng.integers(0, size - glyph.height + 1))))
+    ink = np.asarray(canvas, np.float32)[:, :, None] / 255
 
     while True:
         colours = rng.uniform(0, 255, (3, 3)).astype(np.float32)  # ink, two ends of the gradient

@@ -4,6 +4,7 @@ A study is a list of stages, a stage a list of `Run`s that may go on at once. Re
 `experiments/results/STUDY.jsonl` with the arguments, scores, versions and machine; a run whose line is there is not
 done again, so a study that was stopped goes on where it was. The test set is read once a run, at its end.
 """
+import argparse
 import contextlib
 import csv
 import json
@@ -17,7 +18,6 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
-from unittest import mock
 
 import accelerate
 import timm
@@ -26,6 +26,7 @@ import torch
 import convert
 import ewa
 import train
+from ewa.data import open_dataset
 
 from .baselines import baseline
 from .scoring import Memory, course, score
@@ -95,6 +96,11 @@ def record(run: Run, work: Path) -> Dict[str, Any]:
     return line
 
 
+def remembered(args: argparse.Namespace, split: str, **kwargs) -> Memory:
+    """The data set of a script that opens each image once a process."""
+    return Memory(open_dataset(args, split, **kwargs), str(Path(args.data_dir) / split))
+
+
 def execute(study: str, run: Run, work: Path) -> Dict[str, Any]:
     """Do one run in this process and return its line of results."""
     torch.set_num_threads(1)
@@ -105,20 +111,12 @@ def execute(study: str, run: Run, work: Path) -> Dict[str, Any]:
     started = time.time()
     test = Path(run.flags['data-dir']) / 'test.tar'
     line = record(run, work)
-    opened = train.open_dataset
-
-    def kept_open(args, split, **kwargs):
-        return Memory(opened(args, split, **kwargs), str(Path(args.data_dir) / split))
-
-    with contextlib.ExitStack() as stack:
-        f = stack.enter_context(open(log, 'w'))
-        stack.enter_context(contextlib.redirect_stdout(f))
-        stack.enter_context(contextlib.redirect_stderr(f))
-        stack.enter_context(baseline(run.baseline))
-        if run.flags.get('no-aug') and not run.flags.get('workers'):
-            stack.enter_context(mock.patch.object(train, 'open_dataset', kept_open))
+    flags, seams = baseline(run.baseline)
+    if run.flags.get('no-aug') and not run.flags.get('workers'):
+        seams['open_dataset'] = remembered
+    with open(log, 'w') as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
         if run.script == 'train':
-            train.main(arguments(dict(run.flags, output=work / study, experiment=run.name)))
+            train.main(arguments(dict(run.flags, **flags, output=work / study, experiment=run.name)), **seams)
             with open(output / 'summary.csv') as table:
                 rows = list(csv.DictReader(table))
             line['last'] = {k: float(v) for k, v in rows[-1].items() if v}

@@ -19,17 +19,21 @@ from ewa.moe import RandomPartitionMoE, moe_layers
 class Memory(Wrapper):
     """Keeps the images of a split as they leave the transform, for runs without augmentation; one copy a process."""
 
-    _kept: ClassVar[Dict[Tuple[str, str], Dict[int, Any]]] = {}
+    every: ClassVar[Dict[Tuple[str, str], Dict[int, Any]]] = {}
 
     def __init__(self, dataset: Dataset, key: str) -> None:
         super().__init__(dataset)
         self.key = key
         self.kept: Dict[int, Any] = {}
 
-    @Wrapper.transform.setter  # type: ignore[attr-defined]  # mypy knows no setters of inherited properties
+    @property
+    def transform(self):
+        return self.dataset.transform  # type: ignore[attr-defined]  # timm's and torchvision's have one
+
+    @transform.setter
     def transform(self, transform) -> None:
-        self.dataset.transform = transform
-        self.kept = self._kept.setdefault((self.key, repr(transform)), {})
+        self.dataset.transform = transform  # type: ignore[attr-defined]
+        self.kept = self.every.setdefault((self.key, repr(transform)), {})
 
     def __getitem__(self, index: int):
         if index not in self.kept:
@@ -87,8 +91,8 @@ def score(folder: Path, test: Path, trained_on: Optional[Path] = None) -> Dict[s
     images, labels = tensors(test, config)
     logits = predict(model, images)
     result = dict(test=metrics(logits, labels))
-    layers = [layer for _, layer in moe_layers(model)]
-    if layers and all(type(layer) is RandomPartitionMoE for layer in layers):
+    layers = [module for module in model.modules() if type(module) is RandomPartitionMoE]
+    if layers and len(layers) == len(list(moe_layers(model))):
         result['dense'] = metrics(logits[::4], labels[::4])
         torch.manual_seed(0)
         for layer in layers:

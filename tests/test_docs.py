@@ -3,6 +3,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+import ewa
+from ewa.moe import moe_layers
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob('*.md'), *(path for folder in ('docs', 'benchmarks', 'examples', 'experiments')
@@ -51,3 +55,25 @@ def test_intervals_in_the_prose_of_results_are_those_of_the_tables():
     for texts in found:
         near = [0.5 * 10. ** -len(value.partition('.')[2]) + 1e-9 for value in texts]
         assert any(all(abs(float(a) - b) <= c for a, b, c in zip(texts, entry, near)) for entry in known), texts
+
+
+def test_a_layer_of_ones_own_is_built_as_the_page_on_ewa_says():
+    torch.manual_seed(0)
+    code, = re.findall(r'(?ms)^```python\n(.*?)^```$', (ROOT / 'docs/ewa.md').read_text(encoding='utf-8'))
+    names = {}
+    exec(code.replace('num_classes=100', 'num_classes=10, depth=2, img_size=32'), names)
+    model, averager = names['model'].train(), names['averager']
+    layers = [layer for _, layer in moe_layers(model)]
+    assert [type(layer) for layer in layers] == [names['ImagePartition']]
+    assert averager.share_rate == 1e-3
+    # images of a batch meet different experts, all tokens of an image the same
+    with torch.no_grad():
+        for i, expert in enumerate(layers[0].experts):
+            for p in expert.parameters():
+                p.zero_()
+            expert.fc2.bias.fill_(i)
+    out = layers[0](torch.randn(8, 5, 192))
+    assert sorted(out[:, 0, 0].tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert torch.equal(out, out[:, :1, :1].expand_as(out))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(ewa.to_dense(model).eval()(images), model.eval()(images))

@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 import ewa
-import train
 from ewa.diagnostics import distances_to_mean
-from ewa.moe import RandomPartitionMoE, moe_layers
+from ewa.moe import moe_layers
 from ewa.options import convert_parser, train_parser
 from experiments import runner, setting, studies
 from experiments.baselines import LAYERS, FusedMoE, ImagePartitionMoE, LearnedFusionMoE, baseline, slow_ffns
 from experiments.data import subset
-from experiments.runner import Run, arguments, run_stage
+from experiments.runner import Run, arguments, read_results, record, run_stage
 from experiments.scoring import Memory, metrics, score
 from experiments.setting import EWA
 
@@ -62,8 +61,7 @@ def test_static_fusion_is_the_mean_ffn_in_training_too():
 
 def test_static_fusion_of_copies_trains_as_the_dense_model_under_plain_gradient_descent():
     dense, x, y = vit(), torch.randn(6, 1, 28, 28), torch.arange(6)
-    with baseline('static fusion'):
-        fused = ewa.to_moe(vit(), 3, layers='all', init='copy')
+    fused = ewa.to_moe(vit(), 3, layers='all', router='static-fusion')
     # each expert gets a third of the gradient of their mean
     groups = [{'params': [p for n, p in fused.named_parameters() if ('experts' in n) == inside], 'lr': lr}
               for inside, lr in ((True, 0.3), (False, 0.1))]
@@ -104,9 +102,7 @@ def test_bound_holds_exactly_and_keeps_the_mean(bound):
         for expert in model.get_submodule(first).experts[1:]:
             expert.load_state_dict(model.get_submodule(first).experts[0].state_dict())
     before = {name: layer.fuse().state_dict() for name, layer in moe_layers(model)}
-    with baseline(f'bound {bound}'):
-        averager = ewa.ExpertAverager(model, 0.)
-    averager.step()
+    ewa.ExpertAverager(model, **baseline(f'bound {bound}')[1]).step()
     distances = distances_to_mean(model)
     assert distances.pop(first) == 0
     assert all(distance == pytest.approx(bound, rel=1e-3) for distance in distances.values())
@@ -129,16 +125,16 @@ def test_slow_ffns_move_less_and_decay_alike():
         assert torch.allclose(p, expected, atol=1e-6), name
 
 
-def test_baselines_are_in_place_only_inside_their_context():
+def test_baselines_enter_as_routers_policies_and_optimizers():
     for name, layer in LAYERS.items():
-        with baseline(name):
-            assert type(next(moe_layers(ewa.to_moe(vit(), 2)))[1]) is layer
-    assert type(next(moe_layers(ewa.to_moe(vit(), 2)))[1]) is RandomPartitionMoE
-    with baseline('FFN lr 0.5'):
-        assert train.create_optimizer_v2.keywords == {'scale': 0.5}
-    assert train.create_optimizer_v2 is timm.optim.create_optimizer_v2
-    with pytest.raises(ValueError, match='nonsense'), baseline('nonsense'):
-        pass
+        flags, seams = baseline(name)
+        args = train_parser().parse_args(arguments(flags))
+        assert type(next(moe_layers(ewa.to_moe(vit(), 2, router=args.router)))[1]) is layer
+        assert not seams
+    assert baseline('FFN lr 0.5')[1]['create_optimizer'].keywords == {'scale': 0.5}
+    assert baseline('') == ({}, {})
+    with pytest.raises(ValueError, match='nonsense'):
+        baseline('nonsense')
 
 
 def test_memory_gives_what_the_data_set_gives_and_reads_once():
@@ -240,6 +236,26 @@ def test_every_run_of_a_study_is_a_command_line_of_the_scripts(study, name, gpu,
         earlier = [run.source, getattr(args, 'pretrained_path', None), getattr(args, 'initial_checkpoint', None)]
         earlier += [(getattr(args, 'teacher', None) or '').removeprefix('local-dir:')]
         assert all(Path(path).is_relative_to(made) for path in filter(None, earlier))
+
+
+@pytest.mark.parametrize('data, images', [('fashion', 55000), ('glyphs', 72086)])
+def test_stored_results_are_those_of_the_runs_of_today(data, images, tmp_path, monkeypatch):
+    for module in (setting, studies.finetune, studies.gathering):
+        monkeypatch.setattr(module, 'subset', lambda source, count, target, classes=None: target)
+    monkeypatch.setattr(studies.gathering, 'classes_of', lambda tar: {'all': range(images)})
+    monkeypatch.setattr(studies.finetune, 'classes_of', lambda tar: {str(i): [] for i in range(10)})
+    s = setting.setting(tmp_path / data, tmp_path / 'work', False, None)
+    compared = 0
+    for name, study in studies.STUDIES.items():
+        lines = read_results(s.study(name))
+        runs = [run for stage in study.runs(s) for run in stage] if lines else []
+        records = {run.name: json.loads(json.dumps(record(run, s.work))) for run in runs}
+        for line in lines:
+            if line['name'] in records:  # others: more seeds, and trials that the search was made again without
+                for key in ('script', 'flags', 'baseline'):
+                    assert line.get(key) == records[line['name']].get(key), line['name']
+                compared += 1
+    assert compared > 500
 
 
 @pytest.mark.slow

@@ -191,7 +191,7 @@ def test_select_drops_copies_and_faces_of_other_symbols():
     copy = glyphs.Face('Copy', None, {c: g.resize((60, 80)) for c, g in faces[3].glyphs.items()})
     symbols = glyphs.Face('Symbols', None, dict(zip(glyphs.PROBE, list(faces[5].glyphs.values())[::-1])))
     partial = glyphs.Face('Partial', None, dict(list(faces[7].glyphs.items())[:-1]))
-    kept = {face.family for face in glyphs.select_faces(faces + [copy, symbols, partial])}
+    kept = {face.family for face in glyphs.select_faces([*faces, copy, symbols, partial])}
     assert kept == {f'Design {i}' for i in range(12) if i != 3} | {'Copy'}  # 'Copy' comes first by name
 
 

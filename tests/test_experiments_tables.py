@@ -96,8 +96,8 @@ def test_pages_are_what_report_makes(tmp_path):
     made = {path.name: path.read_text(encoding='utf-8') for path in tmp_path.iterdir()}
     kept = {path.name: path.read_text(encoding='utf-8') for path in RESULTS.glob('*.md')}
     assert made.keys() == kept.keys()
-    for name in made:
-        assert made[name] == kept[name], f'{name}: run python -m experiments report'
+    for name, text in made.items():
+        assert text == kept[name], f'{name}: run python -m experiments report'
 
 
 def test_figures_are_those_that_pages_show():

@@ -12,14 +12,14 @@ def runs(s: Setting) -> Iterator[List[Run]]:
 
     Constant rates at the usual learning rate are those of `share_rate`.
     """
-    low, trainings = s.flags['lr'] / 4, []
+    low = s.flags['lr'] / 4
+    trainings: List[Run] = []
     for seed in range(s.seeds or 3):
         for epochs in s.lengths[::-1]:
-            for lr in (s.flags['lr'], low):
-                trainings += [
-                    s.train(f'bound-{bound}-{lr}', dict(bound=bound, lr=lr, seed=seed), s.size, epochs,
-                            f'bound {bound}', **dict(EWA, lr=lr))
-                    for bound in (0.05, 0.15, 0.45)]
+            trainings += [
+                s.train(f'bound-{bound}-{lr}', dict(bound=bound, lr=lr, seed=seed), s.size, epochs, f'bound {bound}',
+                        **dict(EWA, lr=lr))
+                for lr in (s.flags['lr'], low) for bound in (0.05, 0.15, 0.45)]
             trainings += [
                 s.train(f'rate-{rate:g}-{low}', dict(rate=rate, lr=low, seed=seed), s.size, epochs,
                         **dict(EWA, lr=low, **{'share-rate': rate}))

@@ -44,10 +44,11 @@ def tables(lines: Lines, name: str) -> str:
     for size in sizes:
         for variant in unique(select(lines, images=size), 'variant'):
             rates = [select(lines, images=size, variant=variant, lr=lr) for lr in sorted(unique(lines, 'lr'))]
-            rates = [by_seed(group, lambda line: line) for group in rates if group]
-            common = set.intersection(*map(set, rates))  # not all learning rates have all seeds
-            best = max(rates, key=lambda group: statistics.mean(group[seed]['last']['eval_top1'] for seed in common))
-            pick[size, variant] = list(best.values())
+            rates = [group for group in rates if group]
+            # not all learning rates have all seeds
+            common = set.intersection(*(set(unique(group, 'seed')) for group in rates))
+            pick[size, variant] = max(rates, key=lambda group: statistics.mean(
+                line['last']['eval_top1'] for line in group if line['labels']['seed'] in common))
     for variant in dict.fromkeys(variant for _, variant in pick):
         row = [variant]
         for size in sizes:
@@ -66,8 +67,8 @@ def tables(lines: Lines, name: str) -> str:
         for reference in references if variant != 'dense' else ():
             found = [paired(*(by_seed(pick[size, v], scored(key)) for v in (variant, reference)))
                      for key in ('top1', 'nll')]
-            rows.append((f'{size}', f'{variant} - {reference}', with_interval(found[0], 2), with_interval(found[1], 3),
-                         str(len(found[0]))))
+            rows.append([f'{size}', f'{variant} - {reference}', with_interval(found[0], 2), with_interval(found[1], 3),
+                         str(len(found[0]))])
     parts.append(table(('images', 'difference', 'top-1', 'NLL', 'seeds'), rows))
     return '\n'.join([*parts, '', provenance(lines)])
 

@@ -4,14 +4,14 @@ import statistics
 from typing import Any, Dict, Iterator, List, Sequence
 
 from ..runner import Run
-from ..setting import GATED, Notes, Setting, Study
+from ..setting import GATED, Flags, Notes, Setting, Study
 from ..tables import Lines, by_seed, mean_se, paired, provenance, scored, select, table, unique, with_interval, wrap
 
 
 def runs(s: Setting) -> Iterator[List[Run]]:
     """A gated MoE with and without pulls, and what averaging its experts then costs."""
     seeds = range(s.seeds or 5)
-    rates: Dict[str, Dict[str, Any]] = {'no pull': {'share-rate': 0.}}
+    rates: Dict[str, Flags] = {'no pull': {'share-rate': 0.}}
     rates.update({f'EWA {rate:g}': {'share-rate': rate} for rate in (1e-3, 1e-2, .1)})
     rates.update({f'EWA {rate:g}, linear': {'share-rate': rate, 'share-schedule': 'linear'} for rate in (3e-3, 1e-2)})
     rates['EWA 0.01, first half'] = {'share-rate': 1e-2, 'share-stop-epoch': s.lengths[1] / 2}
@@ -32,7 +32,7 @@ def runs(s: Setting) -> Iterator[List[Run]]:
 def tables(lines: Lines, name: str) -> str:
     """The table of the study `gated`: the MoE with pulls, and its average."""
     dense = by_seed(select(lines, variant='dense'), scored('top1'))
-    rows: List[Sequence[str]] = []
+    rows: List[List[str]] = []
     order = ('dense', 'dense, longer', 'no pull', 'no pull, longer')
     variants = sorted(unique(lines, 'variant'), key=lambda v: (order.index(v) if v in order else len(order), v))
     for variant in variants:
@@ -42,8 +42,8 @@ def tables(lines: Lines, name: str) -> str:
             for key, digits in (('top1', 2), ('nll', 3)):
                 row.append(mean_se([line['test'][key] for line in group], digits))
         for kind in ('moe', 'average'):
-            gains = paired(by_seed(select(lines, variant=variant, kind=kind), scored('top1')), dense)
-            row.append('' if variant == 'dense' else mean_se(gains, 2, True))
+            to_dense = paired(by_seed(select(lines, variant=variant, kind=kind), scored('top1')), dense)
+            row.append('' if variant == 'dense' else mean_se(to_dense, 2, True))
         group = select(lines, variant=variant, kind='moe')
         distances = [statistics.mean(v[-1][1] for k, v in line['experts'].items() if k.startswith('distance'))
                      for line in group if line['experts']]
@@ -62,8 +62,8 @@ def tables(lines: Lines, name: str) -> str:
     for variant in [v for v in variants if select(lines, variant=v, kind='average')]:
         gains = [paired(scores(variant, 'moe', key), scores('no pull', 'moe', key)) for key in ('top1', 'nll')]
         costs = [paired(scores(variant, 'average', key), scores(variant, 'moe', key)) for key in ('top1', 'nll')]
-        texts = [with_interval(values, digits) for values, digits in zip((*gains, *costs), (2, 3, 2, 3))]
-        rows.append((variant, *(['', ''] if variant == 'no pull' else texts[:2]), *texts[2:], str(len(costs[0]))))
+        texts = [with_interval(values, digits) for values, digits in zip([*gains, *costs], (2, 3, 2, 3))]
+        rows.append([variant, *(['', ''] if variant == 'no pull' else texts[:2]), *texts[2:], str(len(costs[0]))])
     parts.append(table(('variant', 'MoE, top-1', 'MoE, NLL', 'averaging, top-1', 'averaging, NLL', 'seeds'), rows))
     return '\n'.join([*parts, '', provenance(lines)])
 

@@ -11,7 +11,8 @@ from .tune import FAMILIES, NARROW, chosen
 
 Groups = Dict[str, Dict[Tuple[int, int], Lines]]
 Cells = Sequence[Tuple[int, int]]
-Variant = Tuple[str, Flags, str, str, int, Flags]  # name, flags, baseline, family, stages of tuning, more flags
+# name, flags, baseline; family and number of stages of `tune` that learning rate and others come from; further flags
+Variant = Tuple[str, Flags, str, str, int, Flags]
 PAIRS = (('EWA', 'dense'), ('EWA, every second', 'dense'), ('EWA 0.01, every second', 'dense'),
          ('EWA, every second', 'EWA'), ('EWA 0.01, every second', 'EWA, every second'),
          ('EWA, drop-path', 'dense, drop-path'), ('EWA', 'dense, drop-path'),
@@ -24,19 +25,22 @@ def runs(s: Setting) -> Iterator[List[Run]]:
     """Does EWA help? Against drop-path, EMA, weight fusion; at the middle size also what large pulls do. All tuned."""
     ema = {'model-ema': True, 'model-ema-decay': 0.998, 'model-ema-warmup': True}
     fusion = FAMILIES['learned fusion']
-    first = [('dense', *FAMILIES['dense'], 'dense', 2, ema), ('EWA', *FAMILIES['EWA'], 'EWA', 2, ema),
-             ('no pull', *FAMILIES['no pull'], 'no pull', 2, {})]
+    first: List[Variant] = [
+        ('dense', *FAMILIES['dense'], 'dense', 2, ema), ('EWA', *FAMILIES['EWA'], 'EWA', 2, ema),
+        ('no pull', *FAMILIES['no pull'], 'no pull', 2, {})]
     first += [(f'{name}, drop-path', *FAMILIES[name], name, 3, {}) for name in ('dense', 'EWA', 'no pull')]
     # where the package puts experts if it is not told otherwise
     first.append(('EWA, every second', dict(EWA, **{'moe-layers': 'every:2'}), '', 'EWA', 2, {}))
-    others: List[Variant] = [('whole images', EWA, 'whole images', 'EWA', 2, {}),
-              ('static fusion', fusion[0], 'static fusion', 'learned fusion', 2, {}),
-              ('learned fusion', *fusion, 'learned fusion', 2, {})]
+    others: List[Variant] = [
+        ('whole images', EWA, 'whole images', 'EWA', 2, {}),
+        ('static fusion', fusion[0], 'static fusion', 'learned fusion', 2, {}),
+        ('learned fusion', *fusion, 'learned fusion', 2, {})]
     stronger: List[Variant] = [
         ('EWA 0.01, every second', dict(EWA, **{'moe-layers': 'every:2', 'share-rate': .01}), '', 'EWA', 2, {})]
-    pulls: List[Variant] = [('full pull', *FAMILIES['full pull'], 'full pull', 2, {}),
-             ('full pull, drop-path', *FAMILIES['full pull'], 'full pull', 3, {}),
-             ('dense, half FFN lr', {}, 'FFN lr 0.5', 'full pull', 2, {})]
+    pulls: List[Variant] = [
+        ('full pull', *FAMILIES['full pull'], 'full pull', 2, {}),
+        ('full pull, drop-path', *FAMILIES['full pull'], 'full pull', 3, {}),
+        ('dense, half FFN lr', {}, 'FFN lr 0.5', 'full pull', 2, {})]
     short, long = s.lengths
     # a quarter of the images for 2.5 times the epochs, four times the images for half of them
     small, large = (s.size // 4, 5, 2), (s.size * 4, 1, 2)
