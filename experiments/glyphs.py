@@ -150,7 +150,7 @@ def find_fonts(source: Path) -> Dict[str, Path]:
             any(word in style for word in ('italic', 'oblique', 'bold', 'black', 'thin', 'condensed')),
             len(style), path.as_posix())
 
-    faces: Dict[str, Tuple[tuple, Path]] = {}
+    faces: Dict[str, Tuple[Tuple, Path]] = {}
     for path in sorted(p for p in source.rglob('*') if p.suffix.lower() in ('.ttf', '.otf')):
         try:
             name, style = ImageFont.truetype(path, 16).getname()
