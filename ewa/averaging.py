@@ -3,18 +3,36 @@
 Axis legend: `E` experts, `t` the number of a pull, counted from 1.
 """
 import math
-from typing import Callable, Dict, List, Optional, Tuple, Union
+import warnings
+import weakref
+from typing import Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .moe import MoELayer, moe_layers
+from .moe import MoELayer, are_alike, check_plain, moe_layers
 from .pull import max_share_rate, pull_
 
 SCHEDULES = ('constant', 'linear', 'cosine')
 RatePolicy = Callable[[MoELayer, int], float]  # (layer, t) -> share rate of that layer at pull t
+
+
+_LOOK_AGAIN = 10  # the step after which it is looked for what can't be seen when attaching
+_ATTACHED: 'weakref.WeakKeyDictionary' = weakref.WeakKeyDictionary()  # MoE layer -> reference to the averager
+
+
+class _Handle(RemovableHandle):
+    """Of a pair of hooks that belong together."""
+
+    def __init__(self, handle: RemovableHandle, other: RemovableHandle) -> None:
+        self.hooks_dict_ref, self.id, self.extra_dict_ref = handle.hooks_dict_ref, handle.id, ()
+        self.other = other
+
+    def remove(self) -> None:
+        super().remove()
+        self.other.remove()
 
 
 def rate_schedule(
@@ -56,6 +74,25 @@ def rate_schedule(
     return policy
 
 
+def zip_parameters(name: str, layer: MoELayer) -> Iterator[Tuple[Tensor, ...]]:
+    """The parameters of a layer's experts side by side: for each one a tuple of `E` tensors of one shape.
+
+    Raises:
+        ValueError: Experts differ in shape, have weights that are no plain parameters, or are frozen in part.
+    """
+    try:
+        check_plain(layer.experts)
+    except ValueError as e:
+        raise ValueError(f'{name}: {e}') from e
+    if not are_alike(layer.experts):
+        raise ValueError(f'The experts of {name} differ in shape, so they have no mean.')
+    for (key, _), parameters in zip(
+            layer.experts[0].named_parameters(), zip(*(expert.parameters() for expert in layer.experts))):
+        if len({parameter.requires_grad for parameter in parameters}) > 1:
+            raise ValueError(f'{key} is frozen in some experts of {name} and trained in others: freeze all or none.')
+        yield parameters
+
+
 class ExpertAverager:
     """Pulls the experts of every MoE layer of a model toward their mean (Experts Weights Averaging).
 
@@ -64,8 +101,8 @@ class ExpertAverager:
         W_i <- (1 - r) * W_i + r / (E-1) * sum_{j != i} W_j
 
     The mean stays, each deviation from it shrinks by `1 - r*E/(E-1)` (`ewa.pull`). Parameters are changed in place;
-    nothing but the parameters of `layer.experts` is touched. Gated MoE layers are pulled too; their routers and shared
-    experts are not.
+    nothing but the trainable parameters of `layer.experts` is touched. Gated MoE layers are pulled too; their routers
+    and shared experts are not.
 
     bfloat16 and float16 parameters are computed in float32 and rounded stochastically, so that a small share rate
     does not round away; the random bits depend only on `t`, so all replicas of a model stay equal.
@@ -147,13 +184,13 @@ class ExpertAverager:
             if rate == 0:
                 continue
             group = groups.setdefault((len(layer.experts), rate), [[] for _ in layer.experts])
-            shapes = {tuple(p.shape for p in expert.parameters()) for expert in layer.experts}
-            if len(shapes) > 1:
-                raise ValueError(f'The experts of {name} differ in shape, so they have no mean.')
-            for parameters, expert in zip(group, layer.experts):
-                parameters.extend(expert.parameters())
+            for parameters in zip_parameters(name, layer):
+                if parameters[0].requires_grad:
+                    for expert, parameter in zip(group, parameters):
+                        expert.append(parameter)
         for (_, rate), experts in groups.items():
-            pull_(experts, rate, self.pulls)
+            if experts[0]:
+                pull_(experts, rate, self.pulls)
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Pull after every real step of an optimizer, from now on until `handle.remove()`.
@@ -163,24 +200,46 @@ class ExpertAverager:
         is part of neither `optimizer.state_dict()` nor a `deepcopy`: attach again after either.
 
         Raises:
-            RuntimeError: This averager is attached already (experts would be pulled twice a step).
-            TypeError: The optimizer does not run hooks from its first step on, as timm's `Lookahead`; call `step()`
-                after its steps instead.
+            RuntimeError: This averager, or another one of the same layers, is attached already (experts would be pulled
+                twice a step).
+            TypeError: The optimizer does not run hooks at each of its steps: timm's `Lookahead`, SAM with its
+                `first_step` and `second_step`. Call `step()` after its steps instead.
+            ValueError: The optimizer does not hold the trainable experts of this model, or experts have weights that
+                are no plain parameters.
         """
-        if self._handle is not None and self._handle.id in (self._handle.hooks_dict_ref() or {}):
+        if self._is_attached():
             raise RuntimeError('This ExpertAverager is attached already; call .remove() on its handle first.')
         inner = getattr(optimizer, 'optimizer', None)
         if isinstance(inner, Optimizer):
             optimizer = inner
         # timm's Lookahead does not run Optimizer.__init__; its steps run hooks only from its first zero_grad() on
         initialised = hasattr(optimizer, '_optimizer_state_dict_pre_hooks')
-        if not initialised or not getattr(type(optimizer).step, 'hooked', False):
+        if not initialised or not getattr(type(optimizer).step, 'hooked', False) or hasattr(optimizer, 'second_step'):
             raise TypeError(
                 f'{type(optimizer).__name__} does not run step hooks reliably, so experts might never be pulled. Call '
                 f'averager.step() after each optimizer.step() instead of attaching.')
-        optimizer.register_step_pre_hook(self._before_step)
-        self._handle = optimizer.register_step_post_hook(self._after_step)
+        held = {id(p) for group in optimizer.param_groups for p in group['params']}
+        for name, layer in moe_layers(self.model):
+            other = _ATTACHED.get(layer, lambda: None)()
+            if other is not None and other._is_attached():
+                raise RuntimeError(
+                    f'Another ExpertAverager pulls {name} already, the experts would be pulled twice a step: call '
+                    f'.remove() on its handle first.')
+            trained = [p for parameters in zip_parameters(name, layer) for p in parameters if p.requires_grad]
+            missing = sum(id(p) not in held for p in trained)
+            if missing:
+                raise ValueError(
+                    f'The optimizer holds {len(trained) - missing} of the {len(trained)} trainable expert parameters of '
+                    f'{name}: make it after ewa.to_moe, from the parameters of this model. (Of several optimizers that '
+                    f'share the model none is attached to: call averager.step() after their steps.)')
+        before = optimizer.register_step_pre_hook(self._before_step)
+        self._handle = _Handle(optimizer.register_step_post_hook(self._after_step), before)
+        for _, layer in moe_layers(self.model):
+            _ATTACHED[layer] = weakref.ref(self)
         return self._handle
+
+    def _is_attached(self) -> bool:
+        return self._handle is not None and self._handle.id in (self._handle.hooks_dict_ref() or {})
 
     def _before_step(self, optimizer: Optimizer, args, kwargs) -> None:
         self._stepping = True
@@ -194,6 +253,21 @@ class ExpertAverager:
         found_inf = getattr(optimizer, 'found_inf', None)
         if found_inf is None or not bool(found_inf):
             self.step()
+            if self.steps == _LOOK_AGAIN:
+                self._warn_of_copies(optimizer)
+
+    def _warn_of_copies(self, optimizer: Optimizer) -> None:
+        """Say it where an optimizer keeps weights of its own, from which it would undo the pull."""
+        for name, layer in moe_layers(self.model):
+            for parameter in layer.experts[0].parameters():
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    if not isinstance(value, Tensor) or value.shape != parameter.shape or not parameter.any():
+                        continue
+                    if (value - parameter).norm() < 0.5 * parameter.norm():
+                        warnings.warn(
+                            f'{type(optimizer).__name__} keeps a copy of the weights of {name} (its state {key!r}): it '
+                            f'may undo what the averager pulls. Use an optimizer without weights of its own.')
+                        return
 
     def state_dict(self) -> Dict[str, int]:
         """The position in the schedule; the constructor arguments are not part of it."""

@@ -16,7 +16,10 @@ from .calibration import measure_statistics
 from .ffn import build_ffn, is_ffn, read_ffn
 from .gathering import METHODS, ExpertStatistics, FFNWeights, Method
 from .identity import describe_dense, describe_width, plain_forward
-from .moe import MoELayer, fuse_experts, is_gated, kind, layer_pieces, moe_layers, renormalises, shared_experts
+from .moe import (
+    MoELayer, check_plain, fuse_experts, inherit_requires_grad, is_gated, kind, layer_pieces, moe_layers, renormalises,
+    shared_experts,
+)
 from .upcycle import ARGUMENTS
 
 
@@ -75,6 +78,10 @@ def to_dense(
         raise ValueError(
             f'{method} chooses experts by how they are used, and a random partition uses all alike: use average.')
     for name, layer in layers.items():
+        try:
+            check_plain([*layer.experts, *shared_experts(layer)])
+        except ValueError as e:
+            raise ValueError(f'{name}: {e}') from e
         _check_finite(name, layer)
     needs_data = how.needs_data or any(
         not renormalises(layer) and (k or shared_experts(layer) or layer_pieces(layer) > 1)
@@ -87,6 +94,7 @@ def to_dense(
     for name, layer in layers.items():
         try:
             ffns[name] = gather_layer(layer, how, statistics.get(name), k, options)
+            inherit_requires_grad(ffns[name], layer.experts)
         except ValueError as e:
             raise ValueError(f'{name}: {e}') from e
     # with the FFNs in the memo, deepcopy takes them where it would copy a layer

@@ -15,11 +15,16 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Prot
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .gathering import mean
 from .partition import random_partition
 from .routing import dispatch, load_balancing_loss, top_k_gates, z_loss
 
+_REWEIGHTING = (BasePruningMethod, SpectralNorm, WeightNorm)  # hooks that make weights out of other tensors
 _REPLACED: 'weakref.WeakKeyDictionary[nn.Module, nn.Module]' = weakref.WeakKeyDictionary()
 
 
@@ -134,6 +139,38 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def check_plain(experts: Iterable[nn.Module]) -> None:
+    """Refuse experts whose weights are not what their parameters say, so that a mean of parameters is no mean of experts.
+
+    Raises:
+        ValueError: Weights that are computed from others (`torch.nn.utils.parametrize`, pruning masks, weight norm,
+            adapters such as LoRA), or that are no parameters at all (packed by quantisation, replicas of
+            `nn.DataParallel`). The message names the module and the way out.
+    """
+    for expert in experts:
+        if next(expert.parameters(), None) is None:
+            raise ValueError(
+                f'An expert of type {type(expert).__name__} has no parameters: its weights are packed or it is a '
+                f'replica of nn.DataParallel. Convert and evaluate the model itself, in floating point (on several '
+                f'devices: DistributedDataParallel).')
+        for name, module in expert.named_modules():
+            where = f'{name or "it"} ({type(module).__name__})'
+            if parametrize.is_parametrized(module):
+                raise ValueError(
+                    f'An expert has weights that are computed from others in {where}: merge them first with '
+                    f'torch.nn.utils.parametrize.remove_parametrizations.')
+            if any(isinstance(hook, _REWEIGHTING) for hook in module._forward_pre_hooks.values()):
+                raise ValueError(
+                    f'An expert has masked or normalised weights in {where}: make them permanent first with '
+                    f'torch.nn.utils.prune.remove, remove_weight_norm or remove_spectral_norm.')
+            if hasattr(module, 'base_layer') and callable(getattr(module, 'merge', None)):
+                raise ValueError(
+                    f'An expert has an adapter in {where}: merge it first (PEFT: model.merge_and_unload()).')
+            packed = getattr(module, '_packed_params', None)
+            if packed is not None:
+                raise ValueError(f'An expert has packed weights in {where}: convert the model before quantising it.')
+
+
 def mean_state(experts: Iterable[nn.Module]) -> Dict[str, Tensor]:
     """Name to mean over experts, for every parameter and buffer of an expert. Keeps the autograd graph."""
     states = [OrderedDict([*expert.named_parameters(), *expert.named_buffers()]) for expert in experts]
@@ -149,15 +186,24 @@ def are_alike(experts: Iterable[nn.Module]) -> bool:
     return all(other == first for other in others)
 
 
+def inherit_requires_grad(ffn: nn.Module, experts: Iterable[nn.Module]) -> None:
+    """Let each parameter of an FFN that was made of experts be trainable if it is in any of them."""
+    experts = list(experts)
+    for name, parameter in ffn.named_parameters():
+        parameter.requires_grad_(any(expert.get_parameter(name).requires_grad for expert in experts))
+
+
 def fuse_experts(experts: Sequence[nn.Module]) -> nn.Module:
     """One new FFN whose weights are the mean of the experts'; it shares no storage with them.
 
     Raises:
-        ValueError: The experts are of unequal shapes.
+        ValueError: The experts are of unequal shapes, or their weights are not plain parameters.
     """
+    check_plain(experts)
     if not are_alike(experts):
         raise ValueError('Experts of unequal shapes have no mean; prune and do_acp take unequal hidden widths.')
     ffn = deepcopy(experts[0])
+    inherit_requires_grad(ffn, experts)
     with torch.no_grad():
         target = dict([*ffn.named_parameters(), *ffn.named_buffers()])
         for name, value in mean_state(experts).items():
@@ -190,6 +236,8 @@ class RandomPartitionMoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(..., D) -> (..., D)`."""
         if not self.training:
+            if not torch.compiler.is_compiling():
+                check_plain(self.experts)
             return functional_call(self.experts[0], mean_state(self.experts), (x,))
         tokens = x.reshape(-1, x.shape[-1])
         index, inverse, sizes = random_partition(
@@ -321,11 +369,26 @@ def routing_losses(model: nn.Module) -> Dict[str, Tensor]:
     """The mean over gated layers of each auxiliary loss of the last forward pass in training.
 
     Returns:
-        `{'load_balance': scalar, 'z': scalar}`, differentiable; empty when the model has no gated layer or the last
-        pass was in `eval()`. Add them to the task loss, for instance with weights 0.01 and 0.001.
+        `{'load_balance': scalar, 'z': scalar}`, differentiable; empty when the model has no gated layer or is in
+        `eval()`. Add them to the task loss, for instance with weights 0.01 and 0.001.
+
+    Raises:
+        RuntimeError: A gated layer in training has nothing to differentiate: the forward pass was that of another
+            module object (a copy), or its graph was thrown away (gradient checkpointing with `use_reentrant=True`).
     """
-    losses: Dict[str, list] = {}
-    for _, layer in moe_layers(model):
-        for name, value in getattr(layer, 'losses', {}).items():
-            losses.setdefault(name, []).append(value)
+    losses: Dict[str, List[Tensor]] = {}
+    for name, layer in moe_layers(model):
+        if not isinstance(layer, TopKMoE):
+            continue
+        expected = layer.training and torch.is_grad_enabled() and layer.router.weight.requires_grad
+        if expected and not layer.losses:
+            raise RuntimeError(
+                f'{name} has no routing losses: this module object has done no forward pass in training. Call '
+                f'routing_losses after it, with the module that computed it (not with a copy).')
+        if expected and not all(value.requires_grad for value in layer.losses.values()):
+            raise RuntimeError(
+                f'The routing losses of {name} carry no graph, so the router would not learn from them. With gradient '
+                f'checkpointing use use_reentrant=False; otherwise run the forward pass with gradients enabled.')
+        for key, value in layer.losses.items():
+            losses.setdefault(key, []).append(value)
     return {name: torch.stack(values).mean() for name, values in losses.items()}

@@ -16,7 +16,7 @@ from torch import nn
 from .ffn import block_of, build_ffn, find_ffns, read_ffn, select_ffns
 from .gathering import FFNWeights, take
 from .identity import describe_moe
-from .moe import ROUTERS, TopKMoE, is_moe, moe_layers, pieces
+from .moe import ROUTERS, TopKMoE, check_plain, is_moe, moe_layers, pieces
 
 
 def _shuffled(weights: FFNWeights) -> FFNWeights:
@@ -133,6 +133,20 @@ def to_moe(
     for name in names:
         if holders[id(model.get_submodule(name))] > 1:
             raise ValueError(f'{name} is used in several places of the model, so it can\'t become a MoE: leave it out.')
+        try:
+            check_plain([model.get_submodule(name)])
+        except ValueError as e:
+            raise ValueError(f'{name}: {e}') from e
+    owners: Dict[int, List[str]] = {}
+    for owner, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f'{owner}.{key}')
+    for name in names:
+        shared = next((owners[id(p)] for p in model.get_submodule(name).parameters() if len(owners[id(p)]) > 1), None)
+        if shared:
+            raise ValueError(
+                f'{" and ".join(shared)} are one parameter; as experts they would no longer be. Leave {name} out.')
     _warn(model, names, gated, top_k, num_shared, cut, renormalise)
 
     layers_made: Dict[str, nn.Module] = {}

@@ -1,7 +1,8 @@
-"""Gated models for tests: experts that differ, and a MoE layer that is not ours."""
+"""Gated models for tests: experts that differ, a MoE layer that is not ours, experts whose weights are no parameters."""
 import torch
 from timm.layers import Mlp
 from torch import nn
+from torch.nn.utils import parametrizations, prune, weight_norm
 
 import ewa
 
@@ -90,3 +91,33 @@ def sequences():
     """Two batches for `foreign`, of 4 and 3 sequences of 6 tokens."""
     generator = torch.Generator().manual_seed(2)
     return [torch.randn(n, 6, 5, generator=generator) for n in (4, 3)]
+
+
+class LoRA(nn.Module):
+    """An adapter as PEFT's."""
+
+    def __init__(self, base_layer, rank=2):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False)
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+
+    def merge(self):
+        self.base_layer.weight.data += self.lora_B.weight @ self.lora_A.weight
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+def _adapt(ffn):
+    ffn.fc1 = LoRA(ffn.fc1)
+
+
+# what makes the mean of an FFN's parameters another thing than the mean of its weights, and how it is called
+REWEIGHTED = [
+    (lambda ffn: parametrizations.weight_norm(ffn.fc2), r'fc2 \(ParametrizedLinear\).*remove_parametrizations'),
+    (lambda ffn: prune.l1_unstructured(ffn.fc1, 'weight', .5), r'masked or normalised weights in fc1 .*prune.remove'),
+    (lambda ffn: weight_norm(ffn.fc1), r'masked or normalised weights in fc1 \(Linear\)'),
+    (_adapt, r'an adapter in fc1 \(LoRA\): merge it first'),
+]

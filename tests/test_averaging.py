@@ -15,7 +15,8 @@ from torch import nn
 import ewa
 import reference
 from ewa.moe import RandomPartitionMoE, moe_layers
-from ewa.pull import max_share_rate, stochastic_round
+from ewa.pull import max_share_rate
+from gated import REWEIGHTED
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -269,6 +270,33 @@ def test_experts_of_different_shapes_are_refused():
         ewa.ExpertAverager(layer, .1).step()
 
 
+def test_frozen_experts_are_not_pulled():
+    layer = moe_layer()
+    for expert in layer.experts:
+        expert.fc1.requires_grad_(False)
+    before = snapshot(layer)
+    ewa.ExpertAverager(layer, .3).step()
+    for name, p in layer.named_parameters():
+        assert torch.equal(p, before[name]) == ('fc1' in name)
+    layer.experts[2].fc1.requires_grad_(True)
+    with pytest.raises(ValueError, match='fc1.weight is frozen in some experts'):
+        ewa.ExpertAverager(layer, .3).step()
+    layer.requires_grad_(False)
+    before = snapshot(layer)
+    ewa.ExpertAverager(layer, .3).step()
+    assert all(torch.equal(p, before[name]) for name, p in layer.named_parameters())
+
+
+@pytest.mark.parametrize('change, words', REWEIGHTED)
+def test_weights_that_are_no_plain_parameters_are_not_pulled(change, words):
+    layer = moe_layer()
+    change(layer.experts[2])
+    with pytest.raises(ValueError, match=words):
+        ewa.ExpertAverager(layer, .3).step()
+    with pytest.raises(ValueError, match=words):
+        ewa.ExpertAverager(layer, .3).attach(torch.optim.SGD(layer.parameters(), lr=.1))
+
+
 class TestAttach:
     def test_pulls_once_a_step_until_removed(self):
         layer = moe_layer()
@@ -295,6 +323,68 @@ class TestAttach:
         averager.attach(optimizer)
         train_step(layer, optimizer)
         assert averager.pulls == 1
+
+    def test_another_averager_of_the_same_layers_is_refused(self):
+        layer = moe_layer()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0)
+        handle = ewa.ExpertAverager(layer, .3).attach(optimizer)
+        start = deviation(layer)
+        with pytest.raises(RuntimeError, match='Another ExpertAverager pulls  already'):
+            ewa.ExpertAverager(nn.Sequential(layer)[0], .3).attach(optimizer)
+        optimizer.step()
+        assert deviation(layer) == pytest.approx(.6 * start, rel=1e-5)
+        handle.remove()
+        ewa.ExpertAverager(layer, .3).attach(optimizer)
+
+    def test_removing_leaves_no_hook_behind(self):
+        layer = moe_layer()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0)
+        handle = ewa.ExpertAverager(layer, .3).attach(optimizer)
+        handle.remove()
+        assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+        with ewa.ExpertAverager(layer, .3).attach(optimizer):
+            assert len(optimizer._optimizer_step_post_hooks) == 1
+        assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+    def test_an_optimizer_that_lacks_experts_is_refused(self, tiny):
+        model = tiny()
+        early = torch.optim.SGD(model.parameters(), lr=.1)
+        ewa.to_moe(model)
+        with pytest.raises(ValueError, match='holds 4 of the 16 trainable expert parameters of blocks.1.mlp: make it a'):
+            ewa.ExpertAverager(model, .1).attach(early)
+        part = torch.optim.SGD(model.blocks[1].parameters(), lr=.1)
+        with pytest.raises(ValueError, match='0 of the 16 .* of blocks.3.mlp'):
+            ewa.ExpertAverager(model, .1).attach(part)
+        model.blocks[3].requires_grad_(False)  # nothing there has to be trained, or pulled
+        ewa.ExpertAverager(model, .1).attach(part)
+
+    def test_an_optimizer_with_other_steps_is_refused(self):
+        class SAM(torch.optim.SGD):
+            def first_step(self):
+                pass
+
+            def second_step(self):
+                super().step()
+
+        layer = moe_layer()
+        with pytest.raises(TypeError, match='SAM does not run step hooks reliably.*averager.step'):
+            ewa.ExpertAverager(layer, .1).attach(SAM(layer.parameters(), lr=.1))
+
+    def test_an_optimizer_that_keeps_weights_of_its_own_is_named_once(self):
+        class Master(torch.optim.SGD):
+            @torch.no_grad()
+            def step(self):
+                for p in self.param_groups[0]['params']:
+                    master = self.state[p].setdefault('master', p.clone())
+                    p.copy_(master.sub_(p.grad, alpha=1e-3))
+
+        layer = moe_layer()
+        optimizer = Master(layer.parameters(), lr=.1)
+        ewa.ExpertAverager(layer, .1).attach(optimizer)
+        with pytest.warns(UserWarning, match="Master keeps a copy of the weights of .*'master'.* may undo") as caught:
+            for _ in range(30):
+                train_step(layer, optimizer)
+        assert len(caught) == 1
 
     def test_parameters_may_be_replaced_or_moved_afterwards(self):
         layer = moe_layer()

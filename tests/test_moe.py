@@ -14,9 +14,10 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import ewa
 import ewa.moe
 import reference
-from ewa.gathering import mean
+from ewa.gathering import METHODS, mean
 from ewa.moe import RandomPartitionMoE, TopKMoE, is_moe, moe_layers
 from ewa.partition import random_partition
+from gated import REWEIGHTED, foreign, gated, sequences
 
 
 def random_layer(num_experts=4, drop=0.):
@@ -334,3 +335,91 @@ def test_a_layer_replaced_for_scripting_lives_as_long_as_its_ffn(tiny):
     del ffn, model
     gc.collect()
     assert layer() is None
+
+
+class TestPlainWeights:
+    """What the parameters do not say is refused, in `eval()`, in `fuse()` and in every conversion."""
+
+    @pytest.mark.parametrize('change, words', REWEIGHTED)
+    def test_weights_made_of_others(self, tiny, images, change, words):
+        model = ewa.to_moe(tiny(), init='independent')
+        layer = model.blocks[1].mlp
+        change(layer.experts[1])
+        for call in (layer.fuse, lambda: model.eval()(images), lambda: ewa.to_dense(model)):
+            with pytest.raises(ValueError, match=words):
+                call()
+        model.train()(images)  # each expert by itself is what it is
+
+    @pytest.mark.parametrize('method', METHODS)
+    def test_in_gated_layers(self, method):
+        change, words = REWEIGHTED[0]
+        model = foreign(shared=1)
+        change(model.moe.shared[0])
+        with pytest.raises(ValueError, match=f'moe: .*{words}'):
+            ewa.to_dense(model, method, sequences())
+
+    @pytest.mark.parametrize('change, words', REWEIGHTED[:3])  # an FFN with an adapter is none that is converted
+    def test_of_a_host(self, tiny, change, words):
+        model = tiny()
+        change(model.blocks[1].mlp)
+        with pytest.raises(ValueError, match=f'blocks.1.mlp: .*{words}'):
+            ewa.to_moe(model)
+
+    def test_a_replica_of_data_parallel(self, tiny, images):
+        model = ewa.to_moe(tiny(), init='independent').eval()
+        layer = model.blocks[1].mlp
+        replica = layer._replicate_for_data_parallel()  # as on each device: modules without parameters
+        experts = [expert._replicate_for_data_parallel() for expert in layer.experts]
+        for copy, expert in zip(experts, layer.experts):
+            for name in ('fc1', 'fc2'):
+                linear = getattr(expert, name)._replicate_for_data_parallel()
+                linear.weight, linear.bias = getattr(expert, name).weight.detach(), getattr(expert, name).bias.detach()
+                copy._modules[name] = linear
+        replica.experts = torch.nn.ModuleList(experts)
+        with pytest.raises(ValueError, match='has no parameters: .*nn.DataParallel.*DistributedDataParallel'):
+            replica(torch.randn(2, 5, 32))
+
+    def test_packed_weights(self, tiny):
+        model = ewa.to_moe(tiny(), init='independent').eval()
+        quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+        with pytest.raises(ValueError, match='blocks.1.mlp: .*packed'):
+            ewa.to_dense(quantised)
+
+
+class TestRoutingLossesThatCantTeach:
+    def test_of_another_module_object(self, tiny, images):
+        model = gated(tiny()).train()
+        copy = deepcopy(model)
+        copy(images)
+        with pytest.raises(RuntimeError, match='blocks.1.mlp has no routing losses: this module object'):
+            ewa.routing_losses(model)
+        assert ewa.routing_losses(copy)
+
+    def test_under_reentrant_checkpointing(self, tiny, images):
+        model = gated(tiny()).train()
+        tokens = torch.randn(2, 5, 32, requires_grad=True)
+        for reentrant in (True, False):
+            torch.utils.checkpoint.checkpoint(model.blocks[1].mlp, tokens, use_reentrant=reentrant)
+            if reentrant:
+                with pytest.raises(RuntimeError, match='carry no graph.*use_reentrant=False'):
+                    ewa.routing_losses(model.blocks[1])
+            else:
+                assert ewa.routing_losses(model.blocks[1])['z'].requires_grad
+
+    def test_without_gradients_nothing_is_asked(self, tiny, images):
+        model = gated(tiny()).train()
+        with torch.no_grad():
+            model(images)
+            assert not ewa.routing_losses(model)['z'].requires_grad
+        model.requires_grad_(False)
+        model(images)
+        assert ewa.routing_losses(model)
+
+
+def test_the_dense_ffn_is_trainable_where_any_expert_is(tiny):
+    model = ewa.to_moe(tiny(), init='independent')
+    model.blocks[1].mlp.experts[0].requires_grad_(False)
+    model.blocks[3].mlp.requires_grad_(False)
+    for vit in (ewa.to_dense(model), ewa.to_dense(model, 'aligned')):
+        assert all(p.requires_grad for p in vit.blocks[1].mlp.parameters())
+        assert not any(p.requires_grad for p in vit.blocks[3].mlp.parameters())

@@ -272,6 +272,16 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(tiny):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+def test_ffns_that_share_parameters_are_refused(tiny):
+    model = tiny()
+    model.blocks[3].mlp.fc1.weight = model.blocks[1].mlp.fc1.weight
+    text = repr(model)
+    with pytest.raises(ValueError, match='blocks.1.mlp.fc1.weight and blocks.3.mlp.fc1.weight are one parameter'):
+        ewa.to_moe(model)
+    assert repr(model) == text
+    ewa.to_moe(model, layers=[0])
+
+
 class Halved(RandomPartitionMoE):
     def forward(self, x):
         return super().forward(x) / 2
