@@ -2,7 +2,7 @@
 
 Axis legend: `T` tokens, `D` width, `E` experts, `k` experts a token is sent to.
 """
-from typing import Dict, Iterable, Tuple
+from typing import Dict, Iterable, List, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,10 @@ from .gathering import ExpertStatistics
 from .moe import MoELayer, are_alike, evaluating, fuse_experts, is_gated, moe_layers, route
 
 _CHUNK = 4096  # tokens that all experts are evaluated on at once
+
+
+def _images(batch) -> Tensor:
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 class _Sums:
@@ -77,7 +81,7 @@ def measure_statistics(model: nn.Module, batches: Iterable) -> Dict[str, ExpertS
     try:
         with evaluating(model):
             for batch in batches:
-                images = batch[0] if isinstance(batch, (tuple, list)) else batch
+                images = _images(batch)
                 model(images.to(device))
                 seen += len(images)
     finally:
@@ -89,3 +93,91 @@ def measure_statistics(model: nn.Module, batches: Iterable) -> Dict[str, ExpertS
         if not entry.tokens:
             raise ValueError(f'{name} got no tokens: the forward pass of {type(model).__name__} does not reach it.')
     return {name: entry.result() for name, entry in sums.items()}
+
+
+def hold_out(batches: Iterable) -> Tuple[List[Tensor], List[Tensor]]:
+    """Calibration images in two parts: every eighth, from the second on, is held out to measure on; in batches.
+
+    Raises:
+        ValueError: There are no images.
+    """
+    parts: Tuple[List[Tensor], List[Tensor]] = ([], [])
+    seen = 0
+    for images in map(_images, batches):
+        held = torch.arange(seen, seen + len(images)) % 8 == 1
+        for part, chosen in zip(parts, (images[~held], images[held])):
+            if len(chosen):
+                part.append(chosen)
+        seen += len(images)
+    if not seen:
+        raise ValueError('The calibration set has no batches.')
+    return parts
+
+
+class _Reached(Exception):
+    """Ends a forward pass behind the layer whose tokens are wanted."""
+
+
+def call_order(model: nn.Module, images: Tensor) -> List[str]:
+    """Names of the MoE layers in the order in which the model calls them.
+
+    Raises:
+        ValueError: The forward pass calls a layer not at all, or more than once.
+    """
+    calls: List[str] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args, name=name: calls.append(name))
+        for name, layer in moe_layers(model)]
+    try:
+        model(images.to(next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, _ in moe_layers(model):
+        if calls.count(name) != 1:
+            raise ValueError(
+                f'{name}: the forward pass of {type(model).__name__} calls it {calls.count(name)} times, once is what '
+                f'can be fitted.')
+    return calls
+
+
+def layer_tokens(
+        model: nn.Module,
+        layer: MoELayer,
+        batches: Iterable[Tensor],
+        limit: int,
+) -> Tuple[Tensor, Tensor]:
+    """Inputs and outputs of a MoE layer for at most about `limit` tokens, drawn evenly over the images, each (T, D).
+
+    The draw has a generator of its own. Each forward pass ends behind the layer.
+
+    Raises:
+        ValueError: Tokens that are not finite.
+    """
+    batches = list(batches)
+    images = sum(map(len, batches))
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    kept: List[Tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, args: Tuple[Tensor, ...], output: Tensor) -> None:
+        tokens = [t.reshape(-1, t.shape[-1]) for t in (args[0], output)]
+        count = min(len(tokens[0]), -(-limit * size // images))
+        index = torch.randperm(len(tokens[0]), generator=generator)[:count].sort().values.to(tokens[0].device)
+        kept.append((tokens[0][index], tokens[1][index]))
+        raise _Reached
+
+    handle = layer.register_forward_hook(keep)
+    try:
+        for batch in batches:
+            size = len(batch)
+            try:
+                model(batch.to(device))
+            except _Reached:
+                pass
+    finally:
+        handle.remove()
+    inputs, outputs = torch.cat([x for x, _ in kept]), torch.cat([y for _, y in kept])
+    if not bool(inputs.isfinite().all() and outputs.isfinite().all()):
+        raise ValueError('the calibration images give tokens that are not finite; look for broken images among them.')
+    return inputs, outputs

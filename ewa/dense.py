@@ -3,22 +3,24 @@
 Axis legend: `E` routed experts, `S` shared experts, `k` routed experts (or groups of them) that are kept, `H` hidden
 width of the dense FFN, `h` of an expert.
 """
+import time
 from copy import deepcopy
-from typing import Any, Dict, Iterable, List, Optional, Sequence
+from dataclasses import replace
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from timm.utils import unwrap_model
-from torch import nn
+from torch import Tensor, nn
 
-from . import gathering
-from .calibration import measure_statistics
-from .ffn import build_ffn, is_ffn, read_ffn
+from . import gathering, refit
+from .calibration import call_order, hold_out, layer_tokens, measure_statistics
+from .ffn import build_ffn, hidden_activations, is_ffn, read_ffn
 from .gathering import METHODS, ExpertStatistics, FFNWeights, Method
 from .identity import describe_dense, describe_width, plain_forward
 from .moe import (
-    MoELayer, check_plain, fuse_experts, inherit_requires_grad, is_gated, kind, layer_pieces, moe_layers, renormalises,
-    shared_experts,
+    MoELayer, check_plain, evaluating, fuse_experts, inherit_requires_grad, is_gated, kind, layer_pieces, moe_layers,
+    renormalises, route, shared_experts,
 )
 from .upcycle import ARGUMENTS
 
@@ -41,13 +43,15 @@ def to_dense(
 
     Args:
         model: A MoE model: of `ewa.to_moe`, or any whose MoE layers have `experts` (and `router`, `shared`).
-        method: `'average'`, `'sum'`, `'top_kg'`, `'svd_kg'` (OneS, arXiv 2201.10890), `'usage'` (average weighted by
+        method: `'refit'` (hidden units chosen and fc2 solved so that each FFN computes what its layer does; the one
+            for gated models where there are images), `'average'`, `'sum'`, `'top_kg'`, `'svd_kg'` (OneS, arXiv 2201.10890), `'usage'` (average weighted by
             tokens), `'aligned'` (hidden units permuted to match, then average), `'prune'` (the best expert), `'do_acp'`
             (arXiv 2605.28207). See `ewa.gathering`.
-        batches: Calibration images for usage, prune and do_acp: batches of images, or tuples that start with one.
+        batches: Calibration images for refit, usage, prune and do_acp: batches of images, or tuples that start with
+            one. Refit keeps them; some hundreds are enough.
         k: Routed experts kept. Default: as many as make the vanilla hidden width, `H/h - S`. Another width is
             possible where all blocks have MoE layers, and becomes the host's `mlp_ratio`.
-        **options: sum, top_kg, svd_kg: `rescale` (see `ewa.gathering`). aligned: `reference`, index of an expert.
+        **options: refit: `steps`, optimizer steps for each FFN against what its layer computes, and `ridge`. sum, top_kg, svd_kg: `rescale` (see `ewa.gathering`). aligned: `reference`, index of an expert.
             prune: `score`, `'usage'` (tokens) or `'norm'` (mean of gate times output norm). do_acp: `lam`.
 
     Returns:
@@ -76,7 +80,7 @@ def to_dense(
     gated = {name: layer for name, layer in layers.items() if is_gated(layer)}
     if len(gated) < len(layers) and how.needs_data:
         raise ValueError(
-            f'{method} chooses experts by how they are used, and a random partition uses all alike: use average.')
+            f'{method} looks at how a router uses the experts, and a random partition uses all alike: use average.')
     for name, layer in layers.items():
         try:
             check_plain([*layer.experts, *shared_experts(layer)])
@@ -88,15 +92,20 @@ def to_dense(
         for layer in gated.values())
     if needs_data and batches is None:
         raise ValueError(f'{method} needs calibration images for this model: give batches (convert.py: --data-dir).')
-    statistics = measure_statistics(model, batches) if needs_data else {}
-
-    ffns = {}
+    ffns: Dict[str, nn.Module] = {}
+    statistics: Dict[str, ExpertStatistics] = {}
+    fitted: Dict[str, Any] = {}
+    if how.kind == 'fit':
+        ffns, fitted = refit_layers(model, layers, batches, k, **options)
+    else:
+        statistics = measure_statistics(model, batches) if needs_data else {}
+        for name, layer in layers.items():
+            try:
+                ffns[name] = gather_layer(layer, how, statistics.get(name), k, options)
+            except ValueError as e:
+                raise ValueError(f'{name}: {e}') from e
     for name, layer in layers.items():
-        try:
-            ffns[name] = gather_layer(layer, how, statistics.get(name), k, options)
-            inherit_requires_grad(ffns[name], layer.experts)
-        except ValueError as e:
-            raise ValueError(f'{name}: {e}') from e
+        inherit_requires_grad(ffns[name], layer.experts)
     # with the FFNs in the memo, deepcopy takes them where it would copy a layer
     dense = deepcopy(model, {id(layer): ffns[name] for name, layer in layers.items()})
     plain_forward(dense)
@@ -110,6 +119,7 @@ def to_dense(
         dense.conversion['k'] = k
     if statistics:
         dense.conversion['calibration_tokens'] = max(entry.tokens for entry in statistics.values())
+    dense.conversion.update(fitted)
     return dense
 
 
@@ -164,6 +174,124 @@ def gather_layer(
         scales = [mass * float(share[group].sum()) for group in groups]
         parts = [merged(group) for group in groups]
     return build_ffn(template, gathering.combine(parts, scales, [read_ffn(expert) for expert in shared]))
+
+
+@torch.no_grad()
+def refit_layers(
+        model: nn.Module,
+        layers: Dict[str, MoELayer],
+        batches: Iterable,
+        k: Optional[int] = None,
+        steps: int = 0,
+        ridge: float = 1e-4,
+) -> Tuple[Dict[str, nn.Module], Dict[str, Any]]:
+    """One FFN for each gated layer by `ewa.refit`, in the order in which the model calls them.
+
+    A layer is fed by the model in which those before it are converted already, and what it computes there is what its
+    FFN is fitted to: errors are seen and made up for. Of the images, which are kept, seven eighths are fitted to and
+    the others measured on; of a layer's tokens at most 32,768, or ten for each unknown of an output.
+
+    Args:
+        model, batches, k: See `to_dense`.
+        layers: All MoE layers of the model.
+        steps: Of `ewa.refit.fit`, for each FFN.
+        ridge: See `ewa.refit.Moments.normal`.
+
+    Returns:
+        FFN of each layer; and what is to be told: `calibration_images`, `calibration_tokens` (of a layer, fitted to),
+        `error` (layer to `fitted` and `held_out`: `sqrt(E|y' - y|^2 / E|y|^2)` for its output `y` and the FFN's `y'`;
+        no `held_out` of a single image), `seconds`.
+
+    Raises:
+        ValueError: See `to_dense`; the message names the layer.
+    """
+    started = time.perf_counter()
+    if steps < 0:
+        raise ValueError(f'steps must be >= 0, got {steps}.')
+    fitted, held = hold_out(batches)
+    ffns: Dict[str, nn.Module] = {}
+    errors: Dict[str, Dict[str, float]] = {}
+    tokens = 0
+    with evaluating(model):
+        for name in call_order(model, fitted[0][:1]):
+            layer = layers[name]
+            partly = deepcopy(model, {id(other): ffns.get(key, other) for key, other in layers.items()})
+            try:
+                hidden = _dense_hidden(layer, k)
+                limit = max(32768, 10 * (hidden + 1))
+                inputs, targets = layer_tokens(partly, layer, fitted, limit)
+                ffn = _refit_layer(layer, inputs, targets, hidden, ridge)
+                others = layer_tokens(partly, layer, held, limit) if held else None
+            except ValueError as e:
+                raise ValueError(f'{name}: {e}') from e
+            if steps:
+                wide = torch.promote_types(inputs.dtype, torch.float32)
+                trained = deepcopy(ffn).to(wide).requires_grad_()
+                refit.fit(trained, inputs.to(wide), targets.to(wide), steps)
+                ffn.load_state_dict(trained.state_dict())
+            errors[name] = dict(fitted=refit.relative_error(ffn(inputs), targets))
+            if others:
+                errors[name]['held_out'] = refit.relative_error(ffn(others[0]), others[1])
+            tokens = max(tokens, len(inputs))
+            ffns[name] = ffn
+    for name, ffn in ffns.items():
+        ffn.train(layers[name].experts[0].training)
+    record = dict(
+        calibration_images=sum(map(len, fitted)) + sum(map(len, held)), calibration_tokens=tokens, error=errors,
+        seconds=round(time.perf_counter() - started, 1))
+    return ffns, record
+
+
+def _dense_hidden(layer: MoELayer, k: Optional[int]) -> int:
+    """Hidden units of the FFN that takes the place of a layer: as many as `k` routed and all shared experts have."""
+    shared = shared_experts(layer)
+    for expert in [*layer.experts, *shared]:
+        if not is_ffn(expert):
+            raise ValueError(
+                f'refit can\'t read experts of type {type(expert).__name__}: use average, or build them of fc1 and fc2.')
+    widths = [expert.fc2.in_features for expert in layer.experts]
+    if k is None:
+        k = layer_pieces(layer) - len(shared)
+    if not 1 <= k <= len(widths):
+        raise ValueError(
+            f'{k} routed experts\' hidden units can\'t be kept of {len(widths)}, beside {len(shared)} shared experts at '
+            f'1/{layer_pieces(layer)} of the hidden width: give k between 1 and {len(widths)} (where all blocks have MoE '
+            f'layers).')
+    return sum(sorted(widths)[-k:]) + sum(expert.fc2.in_features for expert in shared)
+
+
+def _refit_layer(layer: MoELayer, inputs: Tensor, targets: Tensor, hidden: int, ridge: float) -> nn.Module:
+    shared = shared_experts(layer)
+    experts = [*shared, *layer.experts]
+    template = layer.experts[0]
+    kinds = {(type(expert).__name__, str(getattr(expert, 'act', ''))) for expert in experts}
+    if len(kinds) > 1:
+        raise ValueError(f'hidden units of unlike experts can\'t stand in one FFN, got {sorted(kinds)}: use prune.')
+    parts = [read_ffn(expert) for expert in experts]
+    if parts[0].norm is not None:
+        raise ValueError(
+            'the experts have a norm over their hidden units, which would run over units of several: use average, '
+            'aligned or prune.')
+    units = gathering.concatenate(parts)
+
+    def candidates(index: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        ffn = build_ffn(template, gathering.take(units, index))
+        return lambda tokens: hidden_activations(ffn, tokens)
+
+    sample = inputs[::-(-len(inputs) // 16384)]
+    gates, chosen, _ = route(layer, sample)
+    gate = gates.new_zeros(len(sample), len(layer.experts)).scatter(1, chosen, gates)
+    gate = torch.cat([gate.new_ones(len(sample), len(shared)), gate], dim=1)
+    contributions = [
+        (gate[:, e, None] * hidden_activations(expert, sample)).square().mean(0) * parts[e].down.square().sum(0)
+        for e, expert in enumerate(experts)]
+    units = gathering.take(
+        units, refit.preselect(contributions, max(4 * hidden, 4096), hidden, whole=len(shared)))
+
+    bias = units.down_bias is not None
+    index, down, down_bias = refit.choose_and_solve(candidates, units.hidden, inputs, targets, hidden, ridge, bias)
+    kept = gathering.take(units, index)
+    return build_ffn(template, replace(kept, down=down, down_bias=down_bias))
 
 
 def group_similar(experts: Sequence[FFNWeights], k: int) -> List[List[int]]:

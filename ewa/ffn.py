@@ -65,6 +65,17 @@ def read_ffn(ffn: nn.Module) -> FFNWeights:
     )
 
 
+def hidden_activations(ffn: nn.Module, tokens: Tensor) -> Tensor:
+    """What `fc2` of an FFN is given for tokens, (T, D) -> (T, H)."""
+    kept: List[Tensor] = []
+    handle = ffn.fc2.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    try:
+        ffn(tokens)
+    finally:
+        handle.remove()
+    return kept[0]
+
+
 def build_ffn(template: nn.Module, weights: FFNWeights) -> nn.Module:
     """A new FFN of the template's type that holds the given weights; its hidden width may differ.
 

@@ -15,6 +15,8 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
+from .refit import choose_and_solve
+
 
 @dataclass(frozen=True, eq=False)
 class FFNWeights:
@@ -527,7 +529,9 @@ class Method:
         name: Of the method.
         kind: `'merge'`: `function(experts, **options)` makes one FFN of experts of equal shapes; with `needs_data` it
             is `function(experts, counts, **options)`, counts of tokens (E,). `'select'`: `function(statistics, k,
-            **options)` returns the indices of the `k` experts to keep.
+            **options)` returns the indices of the `k` experts to keep. `'fit'`: `function` is given what a layer's
+            hidden units and the layer itself compute, see `ewa.refit.choose_and_solve`; `ewa.dense` takes one layer
+            after the other.
         function: See `kind`.
         summary: What the FFN is, one line.
         source: Paper; empty for what is usual.
@@ -545,6 +549,11 @@ class Method:
 
 _RESCALE = Option('rescale', bool, 'give matrices the norm of an expert\'s')
 METHODS: Dict[str, Method] = {method.name: method for method in (
+    Method('refit', 'fit', choose_and_solve, 'the `H` hidden units of all experts that explain most of what the layer '
+           'computes, and the fc2 that brings them closest to it; `steps` then train each FFN on that',
+           'ours; least squares as in MergeMoE (2510.14436), CORP (2602.05243)', needs_data=True, options=(
+               Option('steps', int, 'optimizer steps for each FFN against its layer\'s outputs, without labels'),
+               Option('ridge', float, 'of the least squares, relative to the mean of the diagonal'))),
     Method('average', 'merge', average, 'mean of the experts', 'OneS, EWA'),
     Method('sum', 'merge', total, 'sum of the experts', 'OneS', options=(_RESCALE,)),
     Method('top_kg', 'merge', top_kg, 'the `H/E` hidden units of largest l2 norm of each expert, side by side; output '

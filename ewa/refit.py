@@ -15,13 +15,12 @@ Sources: the least squares is that of MergeMoE (https://arxiv.org/abs/2510.14436
 pursuit for several outputs (Tropp, Gilbert and Strauss, Algorithms for simultaneous sparse approximation, 2006).
 """
 import warnings
-from typing import List, Optional, Sequence, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ['Moments', 'check_tokens', 'fit', 'preselect', 'relative_error', 'select', 'solve']
-
+_CHUNK = 1024  # tokens whose activations are held at once
 _DEPENDENT = 1e-12  # share of a candidate's variance under which it counts as a combination of the chosen ones
 
 
@@ -99,29 +98,30 @@ def check_tokens(tokens: int, hidden: int, ridge: float) -> None:
             f'may not hold on other images; give more.', stacklevel=2)
 
 
-def preselect(contributions: Sequence[Tensor], limit: int, whole: int = 0) -> Tensor:
-    """The candidates worth looking at where there are many, before any product of two of them is computed.
+def preselect(contributions: Sequence[Tensor], limit: int, least: int, whole: int = 0) -> Tensor:
+    """The candidates worth looking at, before any product of two of them is computed.
 
-    All units of the first `whole` experts (shared ones) and of the expert that contributes most, so that experts which
-    are nearly copies of each other leave a complete FFN among the candidates; then single units by contribution. An
-    expert that no token was sent to contributes nothing and comes last.
+    Where there are more than `limit`, all units of the first `whole` experts (shared ones) and of the expert that
+    contributes most, so that experts which are nearly copies of each other leave a complete FFN among the candidates;
+    then single units by contribution. An expert that no token was sent to contributes nothing and is left out.
 
     Args:
         contributions: For each expert what its hidden units contribute, e.g. mean over tokens of
             `gate^2 activation^2 |down column|^2`, (h_e,).
-        limit: Candidates to keep; no less than the complete experts have.
+        limit: Candidates to keep, unless the complete experts have more.
+        least: Candidates that are needed; so many are kept even if some contribute nothing.
         whole: Experts that are kept whole.
 
     Returns:
-        Indices into the concatenated units, ascending, (C,). Units of experts that contribute nothing are among them
-        only if all others are fewer than `limit`.
+        Indices into the concatenated units, ascending, (C,).
     """
     totals = torch.stack([units.sum() for units in contributions])
     kept = {*range(whole), int(totals.argmax())}
     priority = torch.cat([
         torch.full_like(units, float('inf')) if e in kept else units for e, units in enumerate(contributions)])
     limit = max(limit, sum(len(contributions[e]) for e in kept))
-    return priority.sort(descending=True, stable=True).indices[:limit].sort().values
+    count = max(least, min(limit, int((priority > 0).sum())))
+    return priority.sort(descending=True, stable=True).indices[:count].sort().values
 
 
 def select(moments: Moments, count: int, ridge: float, bias: bool = True) -> List[int]:
@@ -183,6 +183,50 @@ def solve(moments: Moments, ridge: float, bias: bool = True) -> Tuple[Tensor, Op
             f'images, or a ridge > 0.')
     down = torch.cholesky_solve(cross, factor).T
     return down, (moments.target - down @ moments.activation) / moments.tokens if bias else None
+
+
+def choose_and_solve(
+        candidates: Callable[[Sequence[int]], Callable[[Tensor], Tensor]],
+        count: int,
+        inputs: Tensor,
+        targets: Tensor,
+        hidden: int,
+        ridge: float = 1e-4,
+        bias: bool = True,
+) -> Tuple[List[int], Tensor, Optional[Tensor]]:
+    """The `H` hidden units to keep, and the matrix and the bias behind them.
+
+    The choice looks at no more than two tokens a candidate (16,384 at least), evenly, the solution at all of them.
+
+    Args:
+        candidates: From indices of candidates to the function that gives their activations, (t, D) -> (t, n).
+        count: `C`.
+        inputs, targets: What the layer is given and what it makes of it, (T, D).
+        hidden: `H`.
+        ridge: Relative to the mean of the diagonal.
+        bias: Whether the FFN has a bias behind the hidden units.
+
+    Returns:
+        `H` indices, down matrix (D, H) and down bias (D,), None without one. Where fewer units explain all that the
+        candidates can, others fill the places, with zeros behind them.
+
+    Raises:
+        ValueError: Values that are not finite; too few tokens for a ridge of 0.
+    """
+    check_tokens(len(inputs), hidden, ridge)
+
+    def measure(index: Sequence[int], stride: int = 1) -> Moments:
+        function = candidates(index)
+        moments = Moments(len(index), targets.shape[1], inputs.device)
+        for x, y in zip(inputs[::stride].split(_CHUNK), targets[::stride].split(_CHUNK)):
+            moments.add(function(x), y)
+        return moments
+
+    everything = list(range(count))
+    chosen = select(measure(everything, max(1, len(inputs) // max(2 * count, 16384))), hidden, ridge, bias)
+    down, down_bias = solve(measure(chosen), ridge, bias)
+    others = sorted(set(everything) - set(chosen))[:hidden - len(chosen)]
+    return chosen + others, nn.functional.pad(down, (0, len(others))), down_bias
 
 
 def fit(

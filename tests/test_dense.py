@@ -27,6 +27,7 @@ LAYOUTS = {  # the FFNs of timm
     'SwiGLU with norm': 'eva02_base_patch14_224',
 }
 NEEDS_DATA = [method.name for method in METHODS.values() if method.needs_data]
+FROM_WEIGHTS = [method.name for method in METHODS.values() if method.kind != 'fit']
 FINE = dict(router='topk', num_experts=8, expert_ratio=.25, num_shared=1, top_k=3)
 
 
@@ -140,7 +141,7 @@ def assert_ffn(ffn, expected, message):
 @pytest.mark.parametrize('name', LAYOUTS.values(), ids=LAYOUTS)
 def test_every_method_equals_its_reference_on_random_experts(tiny, images, name):
     model = gated(tiny(name, mlp_ratio=(12.1 if 'giant' in name else 6.1) / 32), top_k=2)  # 6 hidden units, 4 experts
-    options = {method: [{}] + [{'rescale': True}] * (METHODS[method].options[:1] == METHODS['sum'].options) for method in METHODS}
+    options = {method: [{}] + [{'rescale': True}] * (METHODS[method].options[:1] == METHODS['sum'].options) for method in FROM_WEIGHTS}
     options['aligned'] += [dict(reference=2)]
     options['prune'] += [dict(score='norm')]
     options['do_acp'] += [dict(lam=0.)]
@@ -207,7 +208,7 @@ def test_aligned_finds_permuted_copies(tiny, images, name):
     assert not torch.allclose(ewa.to_dense(model)(images), model(images), atol=1e-2)
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', FROM_WEIGHTS)
 def test_one_expert_is_reproduced(method):
     model = foreign(hidden=(12,), top_k=1)
     x = sequences()[0]
@@ -275,7 +276,7 @@ def zero_router(model):
 
 
 @pytest.mark.parametrize('method, num_shared, name, pieces', [
-    *((method, 1, 'vit_tiny_patch16_224', 4) for method in METHODS), ('average', 0, 'vit_tiny_patch16_224', 4),
+    *((method, 1, 'vit_tiny_patch16_224', 4) for method in FROM_WEIGHTS), ('average', 0, 'vit_tiny_patch16_224', 4),
     ('average', 0, GLU, 5), ('do_acp', 2, GLU, 5), ('average', 1, 'vit_giant_patch14_dinov2', 5)])
 def test_all_experts_at_constant_gates_are_the_model(tiny, images, tmp_path, method, num_shared, name, pieces):
     model = zero_router(gated(
@@ -381,7 +382,7 @@ def test_similar_experts_are_grouped():
 
 
 @pytest.mark.parametrize('shared', [0, 1])
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', FROM_WEIGHTS)
 def test_layers_that_are_not_ours(method, shared):
     model = foreign(shared=shared)
     vit = ewa.to_dense(model, method, sequences(), k=1 if shared else None)
@@ -420,7 +421,7 @@ def test_a_layer_that_does_not_say_how_it_combines_experts_is_refused(method):
         ewa.to_dense(model, method, sequences())
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', FROM_WEIGHTS)
 def test_experts_of_unequal_width(method):
     model = foreign(hidden=(4, 12, 20))
     if method in ('prune', 'do_acp'):
@@ -432,6 +433,219 @@ def test_experts_of_unequal_width(method):
         for k in (None, 2):
             with pytest.raises(ValueError, match='moe: Experts .*equal.*; prune and do_acp take'):
                 ewa.to_dense(model, method, sequences(), k=k)
+
+
+# refit
+
+
+def many_images(count=24):
+    return list(torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1)).split(7))
+
+
+def many_sequences(count=60):
+    return list(torch.randn(count, 6, 5, generator=torch.Generator().manual_seed(2)).split(16))
+
+
+def errors_of(vit):
+    return [error['held_out'] for error in vit.conversion['error'].values()]
+
+
+EXACT = dict(method='refit', ridge=0.)
+
+
+@pytest.mark.filterwarnings('ignore:.*calibration tokens for')
+@pytest.mark.parametrize('change', [lambda expert: expert, permute], ids=['equal', 'permuted'])
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', GLU])
+def test_refit_of_copies_is_the_gated_model(tiny, images, name, change):
+    model = gated(tiny(name), renormalise=True)
+    for _, layer in moe_layers(model):
+        make_equal(layer, change)
+    vit = ewa.to_dense(model, batches=many_images(), **EXACT)
+    torch.testing.assert_close(vit(images), model(images), rtol=1e-4, atol=1e-4)
+    assert max(errors_of(vit)) < 1e-5
+
+
+@pytest.mark.filterwarnings('ignore:.*calibration tokens for')
+@pytest.mark.parametrize('renormalise', [True, False])
+@pytest.mark.parametrize('num_shared, name, pieces', [
+    (1, 'vit_tiny_patch16_224', 4), (0, GLU, 5), (2, GLU, 5), (1, 'vit_giant_patch14_dinov2', 5)])
+def test_refit_at_constant_gates_is_the_model(tiny, images, num_shared, name, pieces, renormalise):
+    model = zero_router(gated(
+        tiny(name, depth=2), layers='all', num_experts=6, top_k=6, num_shared=num_shared, expert_ratio=1 / pieces,
+        renormalise=renormalise))
+    vit = ewa.to_dense(model, batches=many_images(60), k=6, **EXACT).eval()
+    torch.testing.assert_close(vit(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings('ignore:.*calibration tokens for')
+@pytest.mark.parametrize('name, host, kwargs', [
+    ('vit_tiny_patch16_224', {}, dict(top_k=1, renormalise=False)), ('vit_tiny_patch16_224', {}, FINE),
+    ('vit_tiny_patch16_224', {}, dict(FINE, renormalise=False, num_shared=2)), (GLU, {}, {}),
+    (GLU, {}, dict(FINE, expert_ratio=.2)), ('vit_giant_patch14_dinov2', {}, {}),
+    ('swin_tiny_patch4_window7_224', SWIN, {})])
+def test_refit_is_closer_to_the_layers_than_every_gathering(tiny, name, host, kwargs):
+    model = gated(tiny(name, **host), **kwargs)
+    batches = many_images()
+    vit = ewa.to_dense(model, 'refit', batches).eval()
+    assert repr(vit) == repr(tiny(name, **host).eval())
+    first = vit.conversion['layers'][0]
+    tokens = reference.inputs_of(model, model.get_submodule(first), batches)
+    outputs = model.get_submodule(first)(tokens)
+    others = [ewa.to_dense(model, method, batches).get_submodule(first)(tokens) for method in FROM_WEIGHTS]
+    error = (vit.get_submodule(first)(tokens) - outputs).norm()
+    assert error < .9 * min((other - outputs).norm() for other in others)
+
+
+@pytest.mark.filterwarnings('ignore:.*calibration tokens for')
+def test_refit_sees_the_errors_of_the_layers_before(tiny):
+    model = gated(tiny())
+    batches = many_images()
+    vit = ewa.to_dense(model, 'refit', batches).eval()
+    partly = deepcopy(model)
+    partly.blocks[1].mlp = vit.blocks[1].mlp
+    tokens = reference.inputs_of(partly, partly.blocks[3].mlp, [torch.cat(batches)[1::8]])
+    outputs = model.blocks[3].mlp(tokens)
+    error = float((vit.blocks[3].mlp(tokens) - outputs).norm() / outputs.norm())
+    assert vit.conversion['error']['blocks.3.mlp']['held_out'] == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.filterwarnings('ignore:.*calibration tokens for')
+def test_steps_bring_refit_closer(tiny):
+    model = gated(tiny())
+    plain, trained = [
+        ewa.to_dense(model, 'refit', many_images(), steps=steps).conversion['error'] for steps in (0, 50)]
+    assert trained['blocks.1.mlp']['fitted'] < .95 * plain['blocks.1.mlp']['fitted']
+    assert trained['blocks.3.mlp']['fitted'] < plain['blocks.3.mlp']['fitted']
+
+
+@pytest.mark.filterwarnings('ignore:.*calibration tokens for')
+@pytest.mark.parametrize('steps', [0, 5])
+def test_refit_gives_the_same_bits_again_and_leaves_the_model_as_it_was(tiny, steps):
+    model = gated(tiny()).train()
+    model.blocks[0].eval()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    modes, before = [module.training for module in model.modules()], deepcopy(model.state_dict())
+    first, second = [ewa.to_dense(model, 'refit', many_images(), steps=steps) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
+    with torch.no_grad():
+        for p in first.parameters():
+            p.zero_()
+    assert [module.training for module in model.modules()] == modes
+    assert first.blocks[1].mlp.training and not first.blocks[0].training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings('ignore:.*calibration tokens for')
+def test_refit_is_on_record(tiny):
+    vit = ewa.to_dense(gated(tiny()), 'refit', many_images(), steps=2)
+    record = dict(vit.conversion)
+    assert record.pop('seconds') > 0
+    assert set(record.pop('error')) == {'blocks.1.mlp', 'blocks.3.mlp'}
+    assert record == dict(
+        method='refit', steps=2, num_experts=4, layers=['blocks.1.mlp', 'blocks.3.mlp'], router='topk',
+        calibration_images=24, calibration_tokens=21 * 17)
+    single = ewa.to_dense(gated(tiny()), 'refit', many_images(1)).conversion['error']['blocks.1.mlp']
+    assert set(single) == {'fitted'}
+
+
+@pytest.mark.filterwarnings('ignore:.*calibration tokens for')
+def test_refit_in_half_precision(tiny):
+    model = gated(tiny()).bfloat16()
+    batches = [batch.bfloat16() for batch in many_images()]
+    for steps in (0, 3):
+        vit = ewa.to_dense(model, 'refit', batches, steps=steps)
+        assert vit.blocks[1].mlp.fc2.weight.dtype == torch.bfloat16 and max(errors_of(vit)) < 1
+
+
+@pytest.mark.filterwarnings('ignore:.*calibration tokens for')
+def test_refit_leaves_experts_alone_that_nobody_chooses(tiny):
+    model = gated(tiny(), top_k=1, layers=[1])
+    layer = model.blocks[1].mlp
+    hide(layer, 0)
+    hide(layer, 3)
+    kept = ewa.to_dense(model, 'refit', many_images()).blocks[1].mlp.fc1.weight
+
+    def rows(weight):
+        return {row.tobytes() for row in weight.detach().numpy()}
+
+    assert rows(kept) <= rows(layer.experts[1].fc1.weight) | rows(layer.experts[2].fc1.weight)
+
+
+@pytest.mark.filterwarnings('ignore:.*calibration tokens for')
+@pytest.mark.parametrize('shared', [0, 1])
+def test_refit_of_layers_that_are_not_ours(shared):
+    model = foreign(shared=shared)
+    for expert in model.moe.experts[1:]:
+        expert.load_state_dict(model.moe.experts[0].state_dict())
+    vit = ewa.to_dense(model, batches=many_sequences(), k=1 if shared else None, **EXACT)
+    assert type(vit.moe) is Mlp and vit.moe.fc1.out_features == 12 * (1 + shared)
+    x = sequences()[0]
+    torch.testing.assert_close(vit(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings('ignore:.*calibration tokens for')
+def test_refit_takes_experts_of_unequal_width():
+    model = foreign(hidden=(4, 12, 20))
+    for k, hidden in ((None, 20), (2, 32), (3, 36)):
+        assert ewa.to_dense(model, 'refit', many_sequences(), k=k).moe.fc1.out_features == hidden
+
+
+def test_layers_are_taken_in_the_order_in_which_they_run():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = foreign(), foreign()
+
+        def forward(self, x):
+            return self.last(nn.functional.pad(self.first.stem(x) + self.first.moe(self.first.stem(x)), (0, -3)))
+
+    vit = ewa.to_dense(Backwards().eval(), 'refit', many_sequences(), ridge=1e-3)
+    assert list(vit.conversion['error']) == ['first.moe', 'last.moe']
+
+
+class TestRefitRefuses:
+    def test_a_norm_over_hidden_units(self, tiny, images):
+        with pytest.raises(ValueError, match='blocks.1.mlp: the experts have a norm over .*use average, aligned or prune'):
+            ewa.to_dense(gated(tiny('eva02_base_patch14_224')), 'refit', [images])
+
+    def test_ffns_of_an_unknown_kind(self):
+        model = foreign()
+        model.moe.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        with pytest.raises(ValueError, match='moe: refit can.t read experts of type Linear: use average'):
+            ewa.to_dense(model, 'refit', sequences())
+
+    def test_experts_that_compute_differently(self):
+        model = foreign()
+        model.moe.experts[1].act = nn.ReLU()
+        with pytest.raises(ValueError, match='moe: hidden units of unlike experts .*ReLU.*use prune'):
+            ewa.to_dense(model, 'refit', sequences())
+
+    def test_a_layer_that_runs_twice(self):
+        model = foreign()
+        model.head = nn.Sequential(model.moe, model.head)
+        with pytest.raises(ValueError, match='moe: the forward pass of Foreign calls it 2 times'):
+            ewa.to_dense(model, 'refit', sequences())
+
+    @pytest.mark.parametrize('image', [1, 2], ids=['held out', 'fitted'])
+    @pytest.mark.filterwarnings('ignore:.*calibration tokens for')
+    def test_images_that_give_no_numbers(self, tiny, image):
+        batches = many_images()
+        batches[image // 7][image % 7] = float('nan')
+        with pytest.raises(ValueError, match='blocks.1.mlp: the calibration images give .*not finite'):
+            ewa.to_dense(gated(tiny()), 'refit', batches)
+
+    def test_fewer_tokens_than_unknowns_without_a_ridge(self, tiny, images):
+        with pytest.raises(ValueError, match='blocks.1.mlp: 34 calibration tokens do not determine 129 unknowns'):
+            ewa.to_dense(gated(tiny()), 'refit', [images], ridge=0.)
+
+    def test_negative_steps(self, tiny, images):
+        with pytest.raises(ValueError, match='steps must be >= 0, got -1'):
+            ewa.to_dense(gated(tiny()), 'refit', [images], steps=-1)
+
+    def test_nothing_and_warns_where_tokens_are_few(self, tiny, images):
+        with pytest.warns(UserWarning, match='34 calibration tokens for 129 unknowns an output'):
+            ewa.to_dense(gated(tiny()), 'refit', [images])
 
 
 # refusals
@@ -465,12 +679,12 @@ def test_weights_that_are_not_finite_are_refused_by_name(tiny, images, method, w
 
 @pytest.mark.parametrize('method', NEEDS_DATA)
 def test_a_random_partition_has_no_usage_to_go_by(tiny, images, method):
-    with pytest.raises(ValueError, match=f'{method} chooses experts by how they are used.*use average'):
+    with pytest.raises(ValueError, match=f'{method} looks at how a router uses the experts.*use average'):
         ewa.to_dense(ewa.to_moe(tiny()), method, [images])
 
 
 @pytest.mark.parametrize('arguments, words', [
-    (dict(method='mean'), 'method must be one of average, sum, .*got .mean.'),
+    (dict(method='mean'), 'method must be one of refit, average, .*got .mean.'),
     (dict(method='average', rescale=True), 'average has no option .rescale.; it has: k'),
     (dict(method='prune', score='size'), 'blocks.1.mlp: score must be .usage. or .norm., got .size.'),
     (dict(method='aligned', reference=4), r'blocks.1.mlp: reference must be an expert index in \[0, 4\), got 4'),

@@ -151,14 +151,16 @@ class TestAdvice:
             for expert in layer.experts:  # without the part that no permutation moves
                 expert.fc1.bias.data.zero_(), expert.fc2.bias.data.zero_()
         first, second = advise(ewa.diagnose(model))
-        assert 'blocks.1.mlp: the experts are nearly orthogonal' in first and 'Try aligned.' in first
+        assert 'blocks.1.mlp: the experts are nearly orthogonal' in first and first.endswith('images, or aligned.')
         assert second.startswith('blocks.3.mlp')
 
-    def test_names_selection_for_unrelated_experts(self, tiny):
+    def test_names_refit_and_selection_for_unrelated_experts(self, tiny, images):
         for align in (True, False):
             for line in advise(ewa.diagnose(gated(tiny()), align=align)):
-                assert 'nearly orthogonal' in line and line.endswith('Try prune or do_acp.')
+                assert 'nearly orthogonal' in line and line.endswith(
+                    'Try refit, with calibration images, or prune or do_acp.')
             assert line
+        assert all(line.endswith('Try refit.') for line in advise(ewa.diagnose(gated(tiny()), [images], align=False)))
 
     def test_is_silent_on_similar_experts_and_on_random_partitions(self, tiny):
         model = gated(tiny())

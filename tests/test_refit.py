@@ -168,17 +168,17 @@ def test_number_of_tokens():
 class TestPreselect:
     def test_keeps_shared_experts_and_the_one_that_contributes_most_whole(self):
         contributions = [torch.tensor(units) for units in ([.1, .1], [5., 0.], [4., 2.], [3., .2])]
-        assert refit.preselect(contributions, 5, whole=1).tolist() == [0, 1, 2, 4, 5]
-        assert refit.preselect(contributions, 7, whole=1).tolist() == [0, 1, 2, 4, 5, 6, 7]
+        assert refit.preselect(contributions, 5, 2, whole=1).tolist() == [0, 1, 2, 4, 5]
+        assert refit.preselect(contributions, 7, 2, whole=1).tolist() == [0, 1, 2, 4, 5, 6, 7]
 
     def test_keeps_complete_experts_beyond_the_limit(self):
         contributions = [torch.tensor([.1, .1]), torch.tensor([5., 0.])]
-        assert refit.preselect(contributions, 1, whole=1).tolist() == [0, 1, 2, 3]
+        assert refit.preselect(contributions, 1, 1, whole=1).tolist() == [0, 1, 2, 3]
 
-    def test_an_expert_without_tokens_comes_last(self):
+    def test_an_expert_without_tokens_is_left_out_unless_its_units_are_needed(self):
         contributions = [torch.tensor(units) for units in ([0., 0.], [3., .1], [2., .1])]
-        assert refit.preselect(contributions, 4).tolist() == [2, 3, 4, 5]
-        assert refit.preselect(contributions, 5).tolist() == [0, 2, 3, 4, 5]
+        assert refit.preselect(contributions, 9, 2).tolist() == [2, 3, 4, 5]
+        assert refit.preselect(contributions, 9, 5).tolist() == [0, 2, 3, 4, 5]
 
 
 def test_fit_finds_the_ffn_behind_the_tokens_and_moves_no_other_random_numbers():
