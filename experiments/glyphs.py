@@ -33,7 +33,7 @@ PACKAGES = [f'fonts-{name}' for name in """
     smc-meera smc-rachana smc-suruma smc-uroob smiley-sans sora spleen staypuft summersby teluguvijayam
     terminus tiresias tlwg-garuda-otf tlwg-laksaman-otf tlwg-loma-otf tlwg-sawasdee-otf tuffy ukij-uyghur
     unfonts-extra urw-base35 vollkorn woowa-bm yanone-kaffeesatz yozvox-yozfont-antique yozvox-yozfont-edu yrsa-rasa
-""".split()]  # noqa: SIM905  a list of so many would be a page long
+""".split()]
 
 # One character per shape: left out is what cannot be told apart once size, height on the line and slant are random
 # (c/C, o/O/0, l/I/|, Latin/Greek/Cyrillic A, Í/í, breve/caron). The first of two that one font draws alike is kept.

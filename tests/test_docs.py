@@ -35,7 +35,9 @@ def test_relative_links_and_anchors_resolve(page):
 def test_results_are_one_page_of_numbers_that_stand_in_the_tables():
     text = (ROOT / 'docs/results.md').read_text(encoding='utf-8')
     assert len(text.splitlines()) <= 150
-    tables = '\n'.join(path.read_text(encoding='utf-8') for path in (ROOT / 'experiments/results').glob('*.md'))
+    pages = {path.name: path.read_text(encoding='utf-8') for path in (ROOT / 'experiments/results').glob('*.md')}
+    assert all(f'/results/{name})' in text for name in pages)
+    tables = '\n'.join(pages.values())
     cells = {cell.strip() for row in re.findall(r'(?m)^\| .*\|$', text) for cell in row.split('|')}
     numbers = {cell for cell in cells if re.fullmatch(r'[-+]?\d+\.\d+( .*)?', cell)}
     numbers |= set(re.findall(r'[-+]?\d+\.\d+\s±\s\d+\.\d+', text))

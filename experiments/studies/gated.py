@@ -1,7 +1,7 @@
 """Pulls on a gated MoE, and what averaging its experts then costs."""
 import math
 import statistics
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Dict, Iterator, List
 
 from ..runner import Run
 from ..setting import GATED, Flags, Notes, Setting, Study
