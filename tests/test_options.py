@@ -131,9 +131,9 @@ def test_every_argument_of_to_moe_has_its_flag():
 
 
 def test_a_registered_router_can_be_chosen(monkeypatch):
-    assert 'whole-images' in error_of('--router', 'whole-images')
-    monkeypatch.setitem(ROUTERS, 'whole-images', RandomPartitionMoE)
-    assert moe_arguments(parse('--router', 'whole-images')) == dict(router='whole-images')
+    assert 'of-my-own' in error_of('--router', 'of-my-own')
+    monkeypatch.setitem(ROUTERS, 'of-my-own', RandomPartitionMoE)
+    assert moe_arguments(parse('--router', 'of-my-own')) == dict(router='of-my-own')
 
 
 # from flags to a gathering method
