@@ -1,6 +1,6 @@
 """What a study is, and on what it runs: data set, model, flags, sizes.
 
-Sizes are numbers of training images, lengths are epochs. Everything that is compared shares seeds, first weights and
+Sizes are numbers of training images, lengths are epochs. Everything that is compared shares seeds, initial weights and
 batches. Learning rate, weight decay and drop-path are chosen on the validation split; what the tables show is the test
 set.
 """
@@ -34,7 +34,7 @@ WIDTH: Flags = {'embed_dim': 64, 'depth': 4, 'num_heads': 4}
 SETS: Dict[str, Flags] = {
     'fashion': {'img-size': 28, 'in-chans': 1, 'mean': 0.286, 'std': 0.353, 'model-kwargs': dict(WIDTH, patch_size=7)},
     'digits': {'img-size': 8, 'in-chans': 1, 'mean': 0.305, 'std': 0.376, 'model-kwargs': dict(WIDTH, patch_size=2)},
-    # with a class token and timm's usual first weights learning starts so late here that seeds hide all else
+    # with a class token and timm's usual initial weights learning starts so late here that seeds hide all else
     'glyphs': {'img-size': 32, 'in-chans': 1, 'mean': 0.63, 'std': 0.18, 'lr': 0.016,
                'model-kwargs': dict(WIDTH, patch_size=8, embed_dim=16, class_token=False, global_pool='avg',
                                     weight_init='jax')},
@@ -110,7 +110,7 @@ class Setting:
                    dict(labels, images=size, epochs=epochs), baseline=baseline)
 
     def train_all(self, name: str, labels: Flags, kind: Whole, epochs: int, lr: float, **extra) -> Run:
-        """One training on all images, with timm's usual head and first weights; flags in `extra` as in `train.py`."""
+        """One training on all images, with timm's usual head and initial weights; flags in `extra` as in `train.py`."""
         kwargs = {key: self.flags['model-kwargs'][key] for key in (*WIDTH, 'patch_size')}
         kwargs['embed_dim'] = kind.width
         if kind.mlp_ratio != 4:

@@ -1,4 +1,4 @@
-"""Share rates, schedules, first weights, numbers and places of experts."""
+"""Share rates, schedules, initial weights, numbers and places of experts."""
 import statistics
 from collections import Counter
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
@@ -14,7 +14,7 @@ USUAL = dict(schedule='constant', init='copy', experts=4, layers='all')
 
 
 def runs(s: Setting) -> Iterator[List[Run]]:
-    """The MoE and its dense form over share rates, lengths, schedules, first weights, numbers and places of experts."""
+    """The MoE and its dense form over share rates, lengths, schedules, initial weights, numbers and places of experts."""
     short, long = s.lengths
     seeds = range(s.seeds or 3)
 

@@ -16,9 +16,9 @@ FAMILIES: Dict[str, Tuple[Flags, str]] = {
 
 NARROW = """
 On glyphs the model of the studies `main`, `tune` and `share_rate` has width 16, the mean of all patches instead of a
-class token, and first weights drawn by the size of each matrix (timm's `weight_init='jax'`; the usual standard
-deviation of 0.02 is little for so narrow a layer). With a class token and the usual first weights learning starts late
-on this set in these trainings, and at such different times that seeds hide all else. (The longer trainings on all
+class token, and initial weights drawn by the size of each matrix (timm's `weight_init='jax'`; the usual standard
+deviation of 0.02 is little for so narrow a layer). With a class token and the usual initial weights learning starts
+late on this set in these trainings, and at such different times that seeds hide all else. (The longer trainings on all
 images, [whole](whole-glyphs.md) and [gathering](gathering-glyphs.md), have both.)
 """
 
