@@ -14,7 +14,7 @@ USUAL = dict(schedule='constant', init='copy', experts=4, layers='all')
 
 
 def runs(s: Setting) -> Iterator[List[Run]]:
-    """The MoE and its dense form over share rates, lengths, schedules, initial weights, numbers and places of experts."""
+    """The MoE and its dense form over rates, lengths, schedules, initial weights, numbers and places of experts."""
     short, long = s.lengths
     seeds = range(s.seeds or 3)
 
