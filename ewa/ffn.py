@@ -2,65 +2,212 @@
 
 Axis legend: `G` 1 for a plain FFN or 2 for a GLU (its two input matrices), `H` hidden width, `D` width.
 
-Known are timm's `Mlp`, `GluMlp` (`SwiGLUPacked`), `SwiGLU` and everything built like them: linear layers `fc1` (or
-`fc1_g` and `fc1_x`) and `fc2` from width to width, perhaps a `norm` over the hidden units, and no other parameter. An
-FFN that mixes tokens (depth-wise convolution, spatial gate, global response norm) has more and is left alone; so are
-the two-layer perceptrons of classifiers and relative position biases, whose output has another width.
+An FFN is found by what it does, whatever its parts are called: it is made of linear maps (or 1x1 convolutions) from
+width to hidden units and back, of activations and perhaps of norms, and it treats each token by itself, which is tried
+out on random tokens. timm's `Mlp`, `GluMlp`, `SwiGLU` and `ConvMlp` are such, torchvision's `MLPBlock`, the FFNs of
+transformers, and a plain `nn.Sequential`. What mixes tokens (depth-wise convolution, batch norm, global response norm,
+spatial gate) is none; nor is a perceptron whose output has another width, as in classifiers and position biases.
 """
 import re
 from copy import deepcopy
-from typing import Any, Dict, List, Sequence, Union
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
 from .gathering import FFNWeights
+from .moe import is_plain
 
 
-def _inputs(ffn: nn.Module) -> List[str]:
-    return ['fc1_g', 'fc1_x'] if hasattr(ffn, 'fc1_g') else ['fc1']
+@dataclass(frozen=True)
+class Layout:
+    """The parts of an FFN by name.
+
+    Args:
+        inputs: Maps from the width to the hidden units: one, or the two of a GLU.
+        output: The map back.
+        width: `D`.
+        hidden: `H`.
+        norm: The norm over the hidden units; empty if there is none.
+        others: Other parts with parameters, such as a norm at the input: with them the FFN can be averaged, but not
+            read by hidden units.
+        channels_first: Whether the maps are 1x1 convolutions, over `(B, D, height, width)`.
+    """
+    inputs: Tuple[str, ...]
+    output: str
+    width: int
+    hidden: int
+    norm: str = ''
+    others: Tuple[str, ...] = ()
+    channels_first: bool = False
+
+
+def _map_size(module: nn.Module) -> Optional[Tuple[int, int]]:
+    """Input and output width of a map that treats each token by itself, else None."""
+    if hasattr(module, 'base_layer'):  # an adapter around a map
+        return _map_size(module.base_layer)
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, nn.Conv2d) and set(module.kernel_size) == set(module.stride) == {1} and module.groups == 1:
+        return module.in_channels, module.out_channels
+    return None
+
+
+def _parts(module: nn.Module, prefix: str = '') -> List[Tuple[str, nn.Module]]:
+    """Name and module of all parts that have parameters of their own, in order; a map is one part."""
+    parts = []
+    for name, child in module.named_children():
+        name = f'{prefix}{name}'
+        if _map_size(child) is not None or any(p is not None for p in child._parameters.values()):
+            parts.append((name, child))
+        else:
+            parts += _parts(child, f'{name}.')
+    return parts
+
+
+_TRIED: Dict[Tuple[type, str], bool] = {}  # type and structure of a module -> whether it treats each token by itself
+
+
+def _layout(module: nn.Module) -> Optional[Layout]:
+    """The layout of what has the parts of an FFN, whether or not it treats each token by itself."""
+    if any(p is not None for p in module._parameters.values()):
+        return None
+    parts = _parts(module)
+    maps = [(name, part, *size) for name, part in parts if (size := _map_size(part)) is not None]
+    if not 2 <= len(maps) <= 3:
+        return None
+    (*inputs, (output, last, hidden, width)) = maps
+    kinds = {isinstance(getattr(part, 'base_layer', part), nn.Conv2d) for _, part, _, _ in maps}
+    up = sum(size for _, _, _, size in inputs)
+    # two or three coordinates are no width: perceptrons that make position biases
+    if len(kinds) > 1 or width < 4 or up not in (hidden, 2 * hidden) or any(size != width for _, _, size, _ in inputs):
+        return None
+    norm, others = '', []
+    for i, (name, part) in enumerate(parts):
+        if _map_size(part) is not None:
+            continue
+        shapes = {p.shape for p in part.parameters()}
+        if isinstance(part, nn.modules.batchnorm._NormBase) or any(len(shape) != 1 for shape in shapes):
+            return None
+        behind = i > [n for n, _ in parts].index(inputs[-1][0])
+        if name.split('.')[-1] == 'norm' and behind and shapes == {torch.Size([hidden])} and not norm:
+            norm = name
+        else:
+            others.append(name)
+    return Layout(
+        tuple(name for name, *_ in inputs), output, width, hidden, norm, tuple(others), channels_first=kinds == {True})
+
+
+@torch.no_grad()
+def _treats_each_token(module: nn.Module, layout: Layout) -> bool:
+    """Try a copy with random weights on random tokens: shapes stay, and a token's output depends on nothing else."""
+    if not is_plain(module):
+        return True  # refused where it would be converted, by name
+    key = type(module), repr(module)
+    if key not in _TRIED:
+        try:
+            copy = deepcopy(module)
+            copy = copy.to_empty(device='cpu') if any(p.is_meta for p in copy.parameters()) else copy.cpu()
+            copy = copy.float().eval()
+            for part in copy.modules():
+                part._forward_hooks.clear()
+                part._forward_pre_hooks.clear()
+            generator = torch.Generator().manual_seed(0)
+            for p in copy.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator) / max(p.shape[-1], 1) ** 0.5)
+            x = torch.randn(2, 3, layout.width, generator=generator)
+            if layout.channels_first:
+                def run(tokens: Tensor) -> Tensor:
+                    return copy(tokens[:, :, None].movedim(-1, 1)).movedim(1, -1)[:, :, 0]
+            else:
+                run = copy
+            y, changed = run(x), x.clone()
+            changed[0, 0] += 1
+            differs = (run(changed) != y).any(-1)
+            flat = run(x.reshape(-1, 1, layout.width) if layout.channels_first else x.reshape(-1, layout.width))
+            fed: List[Tensor] = []
+            for name in layout.inputs:
+                copy.get_submodule(name).register_forward_pre_hook(lambda part, args: fed.append(args[0]))
+            run(x)
+            _TRIED[key] = bool(
+                y.shape == x.shape and differs[0, 0] and differs.sum() == 1
+                and torch.allclose(flat.reshape(y.shape), y, atol=1e-5)
+                and all(torch.equal(tokens, fed[0]) for tokens in fed))  # not three maps one after the other
+        except Exception:  # a module of anybody's, called in a way that it was perhaps not made for
+            _TRIED[key] = False
+    return _TRIED[key]
+
+
+def layout_of(module: nn.Module) -> Optional[Layout]:
+    """The layout of an FFN, None for what is none."""
+    layout = _layout(module)
+    return layout if layout is not None and _treats_each_token(module, layout) else None
 
 
 def is_ffn(module: nn.Module) -> bool:
-    """Whether a module is a token-wise FFN of a known layout."""
-    linear = [*_inputs(module), 'fc2']
-    if not all(isinstance(getattr(module, name, None), nn.Linear) for name in linear):
-        return False
-    hidden, width = module.fc2.in_features, module.fc2.out_features
-    up = sum(getattr(module, name).out_features for name in linear[:-1])
-    if up not in (hidden, 2 * hidden) or any(getattr(module, name).in_features != width for name in linear[:-1]):
-        return False
-    others = [(name, p) for name, p in module.named_parameters() if name.split('.')[0] not in linear]
-    return all(name.startswith('norm.') and p.shape == (hidden,) for name, p in others)
+    """Whether a module is an FFN whose weights can be read by hidden units."""
+    layout = layout_of(module)
+    return layout is not None and not layout.others
 
 
 def find_ffns(model: nn.Module) -> Dict[str, nn.Module]:
     """Name to module of all FFNs of a model, in its order."""
-    # what looks alike: MLP-Mixer's token FFNs, which run over the tokens of a channel, and perceptrons that make
-    # relative position biases of two heads from two coordinates
-    return {
-        name: module for name, module in model.named_modules()
-        if is_ffn(module) and not name.endswith('mlp_tokens') and 'rel_pos' not in name}
+    found: Dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        # MLP-Mixer's token FFNs run over the tokens of a channel; other perceptrons make relative position biases
+        if name and not name.endswith('mlp_tokens') and 'rel_pos' not in name and layout_of(module) is not None:
+            found[name] = module
+    # of nested ones the innermost
+    return {name: ffn for name, ffn in found.items() if not any(other.startswith(f'{name}.') for other in found)}
+
+
+def describe_ffn(module: nn.Module) -> str:
+    """Why a module is no FFN that can be converted, in words; empty if it is one."""
+    if layout_of(module) is not None:
+        return ''
+    for name, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._NormBase):
+            return f'its {name} ({type(part).__name__}) takes statistics over tokens'
+        if isinstance(part, nn.Conv2d) and _map_size(part) is None:
+            return f'its {name} is a convolution over neighbouring tokens'
+    if _layout(module) is not None:
+        return 'it does not treat each token by itself'
+    return 'it is not made of maps from its width to hidden units and back'
+
+
+def _layout_to_read(ffn: nn.Module) -> Layout:
+    layout = layout_of(ffn)
+    if layout is None:
+        raise ValueError(f'{type(ffn).__name__} is not an FFN this package can read: {describe_ffn(ffn)}.')
+    if layout.others:
+        raise ValueError(
+            f'{type(ffn).__name__} has {" and ".join(layout.others)} beside its maps, so its hidden units can\'t be '
+            f'taken apart: use average.')
+    return layout
 
 
 def read_ffn(ffn: nn.Module) -> FFNWeights:
-    """The weights of an FFN (detached views, no copy)."""
-    if not is_ffn(ffn):
-        raise ValueError(
-            f'{type(ffn).__name__} is not an FFN this package can read: it needs linear layers fc1 (or fc1_g and '
-            f'fc1_x) and fc2 and no other parameters than those of a norm.')
-    hidden = ffn.fc2.in_features
+    """The weights of an FFN (detached views, no copy).
+
+    Raises:
+        ValueError: It is none whose hidden units can be told apart.
+    """
+    layout = _layout_to_read(ffn)
+    inputs = [ffn.get_submodule(name) for name in layout.inputs]
+    output = ffn.get_submodule(layout.output)
 
     def grouped(name: str) -> Tensor:
-        parts = [getattr(getattr(ffn, layer), name) for layer in _inputs(ffn)]
-        return torch.cat([part.detach().reshape(-1, hidden, *part.shape[1:]) for part in parts])
+        parts = [getattr(part, name).detach() for part in inputs]
+        shape = (-1, layout.hidden) + (layout.width,) * (name == 'weight')
+        return torch.cat([part.reshape(shape) for part in parts])
 
-    norm = [p.detach() for p in ffn.norm.parameters()] if hasattr(ffn, 'norm') else []
+    norm = [p.detach() for p in ffn.get_submodule(layout.norm).parameters()] if layout.norm else []
     return FFNWeights(
         up=grouped('weight'),
-        down=ffn.fc2.weight.detach(),
-        up_bias=None if getattr(ffn, _inputs(ffn)[0]).bias is None else grouped('bias'),
-        down_bias=None if ffn.fc2.bias is None else ffn.fc2.bias.detach(),
+        down=output.weight.detach().reshape(layout.width, layout.hidden),
+        up_bias=None if inputs[0].bias is None else grouped('bias'),
+        down_bias=None if output.bias is None else output.bias.detach(),
         norm=torch.stack(norm) if norm else None,
     )
 
@@ -80,59 +227,77 @@ def build_ffn(template: nn.Module, weights: FFNWeights) -> nn.Module:
     """A new FFN of the template's type that holds the given weights; its hidden width may differ.
 
     Raises:
-        ValueError: A norm over the hidden units stands in the way of another width.
+        ValueError: The template is no FFN that can be read, or a norm over the hidden units stands in the way of another
+            width.
     """
+    layout = _layout_to_read(template)
     ffn = deepcopy(template)
-    if weights.hidden != ffn.fc2.in_features:
+    if weights.hidden != layout.hidden:
         if weights.norm is not None:
             raise ValueError('The hidden width of an FFN with a norm over its hidden units can\'t be changed.')
-        dd = dict(device=ffn.fc2.weight.device, dtype=ffn.fc2.weight.dtype)
-        per_layer = weights.hidden * len(weights.up) // len(_inputs(ffn))
-        for name in _inputs(ffn):
-            old = getattr(ffn, name)
-            setattr(ffn, name, nn.Linear(old.in_features, per_layer, bias=old.bias is not None, **dd))
-        ffn.fc2 = nn.Linear(weights.hidden, ffn.fc2.out_features, bias=ffn.fc2.bias is not None, **dd)
+        per_map = weights.hidden * len(weights.up) // len(layout.inputs)
+        for name in layout.inputs:
+            ffn.set_submodule(name, _resized(ffn.get_submodule(name), layout.width, per_map))
+        ffn.set_submodule(layout.output, _resized(ffn.get_submodule(layout.output), weights.hidden, layout.width))
         ffn.train(template.training)
-    inputs = [getattr(ffn, name) for name in _inputs(ffn)]
+    inputs = [ffn.get_submodule(name) for name in layout.inputs]
+    output = ffn.get_submodule(layout.output)
     with torch.no_grad():
-        for layer, up in zip(inputs, weights.up.chunk(len(inputs))):
-            layer.weight.copy_(up.reshape(layer.weight.shape))
+        for part, up in zip(inputs, weights.up.chunk(len(inputs))):
+            part.weight.copy_(up.reshape(part.weight.shape))
         if weights.up_bias is not None:
-            for layer, bias in zip(inputs, weights.up_bias.chunk(len(inputs))):
-                layer.bias.copy_(bias.reshape(layer.bias.shape))
-        ffn.fc2.weight.copy_(weights.down)
+            for part, bias in zip(inputs, weights.up_bias.chunk(len(inputs))):
+                part.bias.copy_(bias.reshape(part.bias.shape))
+        output.weight.copy_(weights.down.reshape(output.weight.shape))
         if weights.down_bias is not None:
-            ffn.fc2.bias.copy_(weights.down_bias)
+            output.bias.copy_(weights.down_bias)
         if weights.norm is not None:
-            for parameter, value in zip(ffn.norm.parameters(), weights.norm):
+            for parameter, value in zip(ffn.get_submodule(layout.norm).parameters(), weights.norm):
                 parameter.copy_(value)
     return ffn
+
+
+def _resized(part: nn.Module, inputs: int, outputs: int) -> nn.Module:
+    dd: Dict[str, Any] = dict(bias=part.bias is not None, device=part.weight.device, dtype=part.weight.dtype)
+    return nn.Conv2d(inputs, outputs, 1, **dd) if isinstance(part, nn.Conv2d) else nn.Linear(inputs, outputs, **dd)
 
 
 def block_of(name: str) -> str:
     """The transformer block an FFN belongs to, or `''`.
 
-    `layers.0.blocks.1.mlp` -> `layers.0.blocks.1`, `blocks.0.2.mlp` (Twins, which nests lists) -> `blocks.0.2`.
+    A block is what the last number in front of the FFN's own name counts: `layers.0.blocks.1.mlp` ->
+    `layers.0.blocks.1`, `encoder.layer.3.mlp` -> `encoder.layer.3`, `blocks.0.2.mlp` (Twins, which nests lists) ->
+    `blocks.0.2`, `blocks.1.ffns.0.mlp` (branches of a block) -> `blocks.1`. Class attention and pooling heads are no
+    blocks: their FFNs see one token an image.
     """
-    match = re.match(r'(.*\bblocks(?:\.\d+)+)(\.|$)', name)
+    if re.search(r'token_only|cls_|pool|head', name):
+        return ''
+    match = re.match(r'(.*\bblocks(?:\.\d+)+)(\.|$)', name) or re.match(r'(.*\d)(?:\.[^.\d]*)*\.[^.]+$', name)
     return match.group(1) if match else ''
 
 
-def select_ffns(model: nn.Module, layers: Union[str, Sequence[int]]) -> List[str]:
+def select_ffns(model: nn.Module, layers: Union[str, Sequence[int], Sequence[str]]) -> List[str]:
     """Names of the FFNs that `layers` chooses.
 
     Args:
         model: A model with dense FFNs.
-        layers: `'every:K'` (blocks K-1, 2K-1, ... counted from 0), `'last:K'`, `'all'`, a list of block indices, or a
-            regular expression that is searched for in the names of FFNs.
+        layers: `'every:K'` (blocks K-1, 2K-1, ... counted from 0), `'last:K'`, `'all'`, a list of block indices, a list
+            of module names, or a regular expression that is searched for in the names of FFNs.
 
     Raises:
         ValueError: No FFN at all, an index out of range, a pattern that matches nothing, an unknown form.
     """
+    if not isinstance(layers, str) and isinstance(layers, Sequence) and any(isinstance(n, str) for n in layers):
+        modules = dict(model.named_modules())
+        for name in map(str, layers):
+            if name not in modules:
+                raise ValueError(f'layers={list(layers)}: {type(model).__name__} has no module {name}.')
+            if layout_of(modules[name]) is None:
+                raise ValueError(f'{name} can\'t become a MoE layer: {describe_ffn(modules[name])}.')
+        return list(map(str, layers))
     names = list(find_ffns(model))
     if not names:
-        raise ValueError(
-            f'{type(model).__name__} has no FFN to convert (linear layers fc1 and fc2 and no other parameters).')
+        raise ValueError(f'{type(model).__name__} has no FFN to convert{_nearest_ffn(model)}.')
     blocks = list(dict.fromkeys(block_of(name) for name in names if block_of(name)))
     if isinstance(layers, str) and not re.fullmatch(r'all|(every|last):.*', layers):
         try:
@@ -168,3 +333,15 @@ def select_ffns(model: nn.Module, layers: Union[str, Sequence[int]]) -> List[str
                 f'{len(blocks) - 1}.')
     chosen_blocks = {blocks[i] for i in indices}
     return [name for name in names if block_of(name) in chosen_blocks]
+
+
+def _nearest_ffn(model: nn.Module) -> str:
+    """What a model has that looks like an FFN, and why it is none."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            return f': {name} holds the two linear layers of its FFN itself; give it an FFN module of its own'
+        maps = [size for child in module.children() if (size := _map_size(child)) is not None]
+        attends = 'attn' in name or 'attention' in type(module).__name__.lower()
+        if name and not attends and len(maps) >= 2 and maps[0][0] == maps[-1][1] and maps[0][1] in (maps[-1][0], 2 * maps[-1][0]):
+            return f': {name} is none, since {describe_ffn(module)}'
+    return ''

@@ -8,7 +8,7 @@ import torch
 from timm.models import create_model, is_model, split_model_name_tag
 from torch import nn
 
-from .ffn import block_of, find_ffns, is_ffn
+from .ffn import block_of, find_ffns, layout_of
 from .moe import MoELayer, layer_pieces
 
 # entries of a `pretrained_cfg` that speak of somebody's weights rather than of the model's input
@@ -57,14 +57,13 @@ def describe_width(dense: nn.Module, layers: Dict[str, MoELayer]) -> None:
     """
     name_of_timm = architecture(dense)
     changed = [
-        name for name, layer in layers.items() if is_ffn(layer.experts[0]) and any(
-            dense.get_submodule(name).fc2.in_features != layer_pieces(layer) * expert.fc2.in_features
-            for expert in layer.experts)]
+        name for name, layer in layers.items() if (made := layout_of(dense.get_submodule(name))) is not None and any(
+            made.hidden != layer_pieces(layer) * layout.hidden
+            for layout in map(layout_of, layer.experts) if layout is not None)]
     if not changed or not name_of_timm or not is_model(name_of_timm):
         return
-    ratios = {
-        name: ffn.fc2.in_features / ffn.fc2.out_features for name, ffn in find_ffns(dense).items()
-        if block_of(name) or name in changed}
+    layouts = {name: layout_of(ffn) for name, ffn in find_ffns(dense).items() if block_of(name) or name in changed}
+    ratios = {name: layout.hidden / layout.width for name, layout in layouts.items() if layout is not None}
     ratio = ratios[changed[0]]
     other = next((name for name in ratios if ratios[name] != ratio), None)
     if other is not None:
@@ -84,7 +83,7 @@ def describe_width(dense: nn.Module, layers: Dict[str, MoELayer]) -> None:
             dense._model_args = args
             return
     raise ValueError(
-        f'{changed[0]} would have {dense.get_submodule(changed[0]).fc2.in_features} hidden units, and {name_of_timm} '
+        f'{changed[0]} would have {layouts[changed[0]].hidden} hidden units, and {name_of_timm} '
         f'has no mlp_ratio for that. Leave k out to keep the vanilla width.')
 
 

@@ -171,6 +171,15 @@ def check_plain(experts: Iterable[nn.Module]) -> None:
                 raise ValueError(f'An expert has packed weights in {where}: convert the model before quantising it.')
 
 
+def is_plain(ffn: nn.Module) -> bool:
+    """Whether the weights of an FFN are what its parameters say, see `check_plain`."""
+    try:
+        check_plain([ffn])
+    except ValueError:
+        return False
+    return True
+
+
 def mean_state(experts: Iterable[nn.Module]) -> Dict[str, Tensor]:
     """Name to mean over experts, for every parameter and buffer of an expert. Keeps the autograd graph."""
     states = [OrderedDict([*expert.named_parameters(), *expert.named_buffers()]) for expert in experts]

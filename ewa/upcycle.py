@@ -7,13 +7,13 @@ import warnings
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, Callable, Dict, List, Sequence, Union
+from typing import Any, Callable, Dict, List, Sequence, Union, cast
 
 import torch
 from timm.models import register_notrace_module
 from torch import nn
 
-from .ffn import block_of, build_ffn, find_ffns, read_ffn, select_ffns
+from .ffn import Layout, block_of, build_ffn, find_ffns, layout_of, read_ffn, select_ffns
 from .gathering import FFNWeights, take
 from .identity import describe_moe
 from .moe import ROUTERS, TopKMoE, check_plain, is_moe, moe_layers, pieces
@@ -41,6 +41,8 @@ def _shuffled(weights: FFNWeights) -> FFNWeights:
 def _initial_experts(ffn: nn.Module, count: int, cut: int, init: str) -> List[nn.Module]:
     """`count` FFNs of hidden width `H / cut` made from a dense one, which is reused as the first if it fits."""
     experts = []
+    if cut == 1 and init == 'copy':
+        return [ffn, *(deepcopy(ffn) for _ in range(count - 1))]
     dense = read_ffn(ffn)
     for i in range(count):
         weights = dense
@@ -53,17 +55,14 @@ def _initial_experts(ffn: nn.Module, count: int, cut: int, init: str) -> List[nn
                 weights = replace(weights, down_bias=weights.down_bias / cut)
         if init == 'independent' and i > 0:
             weights = _shuffled(weights)
-        if i == 0 and cut == 1:
-            experts.append(ffn)
-        else:
-            experts.append(deepcopy(ffn) if weights is dense else build_ffn(ffn, weights))
+        experts.append(ffn if weights is dense else build_ffn(ffn, weights))
     return experts
 
 
 def to_moe(
         model: nn.Module,
         num_experts: int = 4,
-        layers: Union[str, Sequence[int]] = 'every:2',
+        layers: Union[str, Sequence[int], Sequence[str]] = 'every:2',
         router: Union[str, Callable[[List[nn.Module]], nn.Module]] = 'random',
         init: str = 'copy',
         top_k: int = 2,
@@ -77,10 +76,10 @@ def to_moe(
     `blocks.1.mlp.fc1.weight` -> `blocks.1.mlp.experts.0.fc1.weight`.
 
     Args:
-        model: Any model with FFNs made of `fc1` and `fc2`: timm's ViT, DeiT, DeiT-3, EVA, BEiT, Swin, ...
+        model: Any model with token-wise FFNs, see `ewa.ffn`: of timm, torchvision, transformers, your own.
         num_experts: `E >= 2`.
         layers: Which FFNs: `'every:K'` (blocks K-1, 2K-1, ... counted from 0), `'last:K'`, `'all'`, a list of block
-            indices, or a regular expression over FFN names.
+            indices, a list of module names, or a regular expression over FFN names.
         router: `'random'` (random uniform partition, for EWA: arXiv 2308.06093) or `'topk'` (gated). For layers of your
             own: a factory that is called with the list of `E` experts and returns the layer, or the name it has by
             `ewa.moe.register_router` (a model can be loaded again if its factory is registered under the name it has).
@@ -122,13 +121,16 @@ def to_moe(
     if converted:
         raise ValueError(f'The model already has MoE layers: {", ".join(converted)}. Convert a dense model.')
     names = select_ffns(model, layers)
-    for name in names:
-        ffn = model.get_submodule(name)
-        hidden = ffn.fc2.in_features
-        if hidden % cut:
-            raise ValueError(f'expert_ratio=1/{cut} does not divide the hidden width {hidden} of {name}.')
-        if cut > 1 and read_ffn(ffn).norm is not None:
+    layouts = {name: cast(Layout, layout_of(model.get_submodule(name))) for name in names}
+    for name, layout in layouts.items():
+        if layout.hidden % cut:
+            raise ValueError(f'expert_ratio=1/{cut} does not divide the hidden width {layout.hidden} of {name}.')
+        if cut > 1 and layout.norm:
             raise ValueError(f'{name} has a norm over its hidden units and can\'t be cut: use expert_ratio=1.')
+        if layout.others and (cut > 1 or init == 'independent'):
+            raise ValueError(
+                f'{name} has {" and ".join(layout.others)} beside its maps, so its hidden units can\'t be taken apart: '
+                f"use expert_ratio=1 and init='copy'.")
     holders = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for name in names:
         if holders[id(model.get_submodule(name))] > 1:
@@ -147,7 +149,7 @@ def to_moe(
         if shared:
             raise ValueError(
                 f'{" and ".join(shared)} are one parameter; as experts they would no longer be. Leave {name} out.')
-    _warn(model, names, gated, top_k, num_shared, cut, renormalise)
+    _warn(model, layouts, gated, top_k, num_shared, cut, renormalise)
 
     layers_made: Dict[str, nn.Module] = {}
     for name in names:
@@ -155,7 +157,7 @@ def to_moe(
         experts = _initial_experts(ffn, num_experts + num_shared, cut, init)
         if gated:
             layer = TopKMoE(
-                experts[:num_experts], ffn.fc2.out_features, top_k, renormalise, experts[num_experts:], expert_ratio)
+                experts[:num_experts], layouts[name].width, top_k, renormalise, experts[num_experts:], expert_ratio)
         else:
             layer = factory(experts)
             if not (isinstance(layer, nn.Module) and is_moe(layer)):
@@ -178,7 +180,7 @@ def to_moe(
 
 def _warn(
         model: nn.Module,
-        names: List[str],
+        layouts: Dict[str, Layout],
         gated: bool,
         top_k: int,
         num_shared: int,
@@ -189,13 +191,13 @@ def _warn(
         warnings.warn(
             'top_k=1 with renormalise=True makes every gate 1, so the task does not train the router: use '
             'renormalise=False (train.py: --model-kwargs renormalise=False).', stacklevel=3)
-    normed = next((name for name in names if read_ffn(model.get_submodule(name)).norm is not None), None)
+    normed = next((name for name, layout in layouts.items() if layout.norm), None)
     if num_shared and normed:
         warnings.warn(
             f'{normed} has a norm over its hidden units, so shared and routed experts can\'t become one FFN: this MoE '
             f'can\'t be converted to a dense model. Use num_shared=0.', stacklevel=3)
     elif num_shared >= cut and getattr(model, 'pretrained_cfg', None) and any(
-            block_of(name) and name not in names for name in find_ffns(model)):
+            block_of(name) and name not in layouts for name in find_ffns(model)):
         warnings.warn(
             f'{num_shared} shared expert(s) of 1/{cut} of the hidden width leave no room for routed ones in a dense '
             f'FFN of the width that the other blocks have: this MoE can\'t be converted to a dense model. Use '

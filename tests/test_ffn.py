@@ -1,8 +1,14 @@
+import re
+from collections import OrderedDict
+from copy import deepcopy
+
 import pytest
 import timm
 import torch
+from torch import nn
+from torchvision.models.vision_transformer import MLPBlock
 
-from ewa.ffn import block_of, build_ffn, find_ffns, is_ffn, read_ffn, select_ffns
+from ewa.ffn import block_of, build_ffn, describe_ffn, find_ffns, is_ffn, layout_of, read_ffn, select_ffns
 from ewa.gathering import take
 from gated import scatter
 
@@ -30,7 +36,11 @@ def test_blocks_in_nested_lists_are_counted_one_by_one():
 
 @pytest.mark.parametrize('name, block', [
     ('blocks.1.mlp', 'blocks.1'), ('layers.0.blocks.1.mlp', 'layers.0.blocks.1'), ('blocks.0.2.mlp', 'blocks.0.2'),
-    ('blocks.1.ffns.0.mlp', 'blocks.1'), ('head.mlp', ''), ('myblocks.1.mlp', ''),
+    ('blocks.1.ffns.0.mlp', 'blocks.1'), ('head.mlp', ''), ('mlp', ''),
+    ('encoder.layer.3.mlp', 'encoder.layer.3'), ('encoder.layers.encoder_layer_3.mlp', 'encoder.layers.encoder_layer_3'),
+    ('features.1.0.mlp', 'features.1.0'), ('parallel_blocks.0.mlp2', 'parallel_blocks.0'), ('layers.0.1', 'layers.0'),
+    ('network.0.3.mlp', 'network.0.3'), ('encoder.3.output.mlp', 'encoder.3'),
+    ('blocks_token_only.0.mlp', ''), ('attn_pool.mlp', ''),
 ])
 def test_the_block_of_an_ffn(name, block):
     assert block_of(name) == block
@@ -39,13 +49,80 @@ def test_the_block_of_an_ffn(name, block):
 def test_only_token_wise_ffns_are_found(tiny):
     # the perceptron of a relative position bias is none
     assert list(find_ffns(tiny('vit_relpos_small_patch16_224', num_heads=4))) == [f'blocks.{i}.mlp' for i in range(4)]
-    # its norm stands before the hidden units
-    assert not find_ffns(timm.create_model('tiny_vit_5m_224', num_classes=10))
     # depth-wise convolutions mix tokens
     assert not find_ffns(timm.create_model('pvt_v2_b0', num_classes=10))
     # a relative position bias of two heads is made from two coordinates
     with torch.device('meta'):
         assert not any('rel_pos' in name for name in find_ffns(timm.create_model('maxvit_rmlp_tiny_rw_256')))
+
+
+class SpatialGate(nn.Module):
+    def forward(self, x):
+        return x * x.mean(-2, keepdim=True)
+
+
+class Chain(nn.Module):  # three maps one after the other, all of one width
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)).relu())
+
+
+class GatedParts(nn.Module):  # as in LLaMA, DINOv3
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 20), nn.Linear(8, 20), nn.Linear(20, 8)
+
+    def forward(self, x):
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize('module, inputs, output, norm, others', [
+    (MLPBlock(8, 20, 0.), ('0',), '3', '', ()),  # torchvision's
+    (nn.Sequential(nn.Linear(8, 20), nn.LayerNorm(20), nn.GELU(), nn.Linear(20, 8)), ('0',), '3', '', ('1',)),
+    (nn.Sequential(OrderedDict(c_fc=nn.Linear(8, 20), act=nn.GELU(), c_proj=nn.Linear(20, 8))), ('c_fc',), 'c_proj', '',
+     ()),
+    (nn.Sequential(OrderedDict(norm=nn.LayerNorm(8), fc1=nn.Linear(8, 20), act=nn.GELU(), fc2=nn.Linear(20, 8))),
+     ('fc1',), 'fc2', '', ('norm',)),
+    (GatedParts(), ('gate_proj', 'up_proj'), 'down_proj', '', ()),
+    (timm.layers.SwiGLU(8, 20, norm_layer=nn.LayerNorm), ('fc1_g', 'fc1_x'), 'fc2', 'norm', ()),
+    (timm.layers.ConvMlp(8, 20), ('fc1',), 'fc2', '', ()),
+], ids=str)
+def test_ffns_are_found_by_what_they_do(module, inputs, output, norm, others):
+    layout = layout_of(module)
+    assert (layout.inputs, layout.output, layout.norm, layout.others) == (inputs, output, norm, others)
+    assert (layout.width, layout.hidden) == (8, 20) and is_ffn(module) == (not others)
+    assert layout.channels_first == isinstance(module, timm.layers.ConvMlp)
+    assert list(find_ffns(nn.Sequential(nn.Sequential(module)))) == ['0.0']  # the innermost
+    if not others:
+        rebuilt = build_ffn(deepcopy(module), take(read_ffn(module), range(19, -1, -1)) if not norm else read_ffn(module))
+        x = torch.randn((2, 8, 3, 3) if layout.channels_first else (2, 3, 8))
+        torch.testing.assert_close(rebuilt(x), module(x))
+
+
+@pytest.mark.parametrize('module, reason', [
+    (nn.Sequential(nn.Linear(8, 20), SpatialGate(), nn.Linear(20, 8)), 'does not treat each token by itself'),
+    (timm.layers.GlobalResponseNormMlp(8, 20), 'does not treat each token by itself'),
+    (nn.Sequential(nn.Conv2d(8, 20, 1), nn.BatchNorm2d(20), nn.Conv2d(20, 8, 1)), 'BatchNorm2d) takes statistics over tokens'),
+    (nn.Sequential(nn.Conv2d(8, 20, 1), nn.Conv2d(20, 20, 3, padding=1, groups=20), nn.Conv2d(20, 8, 1)),
+     'its 1 is a convolution over neighbouring tokens'),
+    (nn.Sequential(nn.Linear(8, 20), nn.Linear(20, 6)), 'is not made of maps from its width to hidden units and back'),
+    (Chain(), 'does not treat each token by itself'),
+    (nn.MultiheadAttention(8, 2), 'is not made of maps'),
+], ids=str)
+def test_what_is_no_ffn_says_why(module, reason):
+    assert layout_of(module) is None and reason in describe_ffn(module)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        select_ffns(nn.ModuleDict(dict(ffn=module)), ['ffn'])
+
+
+def test_an_encoder_layer_that_holds_its_linears_itself_is_named():
+    with pytest.raises(ValueError, match='no FFN to convert: layers.0 holds the two linear layers of its FFN itself'):
+        select_ffns(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2), 'every:2')
+    with pytest.raises(ValueError, match=r'no FFN to convert: stages.0.blocks.0.mlp is none, since its dwconv'):
+        select_ffns(timm.create_model('pvt_v2_b0'), 'every:2')
 
 
 @pytest.mark.parametrize('name', FFNS)

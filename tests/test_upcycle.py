@@ -220,7 +220,8 @@ ERRORS = [
     (dict(layers=[0, 4]), '4 is not a block index between 0 and 3'),
     (dict(layers=[-1]), '-1 is not a block index'),
     (dict(layers=[]), 'an empty list'),
-    (dict(layers=['blocks.1']), 'not a block index'),
+    (dict(layers=['blocks.1']), 'blocks.1 can.t become a MoE layer: it is not made of maps'),
+    (dict(layers=['blocks.9.mlp']), 'has no module blocks.9.mlp'),
     (dict(layers=3), 'layers=3'),
     (dict(layers='every:0'), 'K must be between 1 and the number of blocks 4'),
     (dict(layers='every:5'), 'K must be'),
@@ -345,8 +346,11 @@ def test_any_module_with_ffns_will_do():
         def forward(self, x):
             return x + self.ffn(x)
 
-    model = nn.Sequential(Block(), Block())
-    with pytest.raises(ValueError, match='no numbered blocks.*There are: 0.ffn, 1.ffn'):
+    model = nn.ModuleDict(dict(a=Block(), b=Block()))
+    with pytest.raises(ValueError, match='no numbered blocks.*There are: a.ffn, b.ffn'):
         ewa.to_moe(model)
-    ewa.to_moe(model, layers='^1')
+    ewa.to_moe(model, layers=['b.ffn'])
+    assert isinstance(model['b'].ffn, RandomPartitionMoE) and not list(moe_layers(model['a']))
+    model = nn.Sequential(Block(), Block())
+    ewa.to_moe(model)
     assert isinstance(model[1].ffn, RandomPartitionMoE) and not list(moe_layers(model[0]))
