@@ -105,7 +105,7 @@ def test_ffns_are_found_by_what_they_do(module, inputs, output, norm, others):
 @pytest.mark.parametrize('module, reason', [
     (nn.Sequential(nn.Linear(8, 20), SpatialGate(), nn.Linear(20, 8)), 'does not treat each token by itself'),
     (timm.layers.GlobalResponseNormMlp(8, 20), 'does not treat each token by itself'),
-    (nn.Sequential(nn.Conv2d(8, 20, 1), nn.BatchNorm2d(20), nn.Conv2d(20, 8, 1)), 'BatchNorm2d) takes statistics over tokens'),
+    (nn.Sequential(nn.Conv2d(8, 20, 1), nn.BatchNorm2d(20), nn.Conv2d(20, 8, 1)), 'BatchNorm2d) takes statistics'),
     (nn.Sequential(nn.Conv2d(8, 20, 1), nn.Conv2d(20, 20, 3, padding=1, groups=20), nn.Conv2d(20, 8, 1)),
      'its 1 is a convolution over neighbouring tokens'),
     (nn.Sequential(nn.Linear(8, 20), nn.Linear(20, 6)), 'is not made of maps from its width to hidden units and back'),
