@@ -137,9 +137,12 @@ def load_source(
 def _load_bare_file(path: Path, ema: bool, name: str, kwargs: Dict[str, Any]) -> nn.Module:
     if not timm.is_model(name.split('.')[0]):
         raise ValueError(f'--model {name} is not a model.')
-    weights = unstack(read_weights(path, ema))
+    try:
+        weights = unstack(read_weights(path, ema))
+        raw = unstack(read_weights(path)) if ema else {}
+    except ValueError as e:
+        raise ValueError(str(e) if str(path) in str(e) else f'{path}: {e}') from e
     if ema:
-        raw = unstack(read_weights(path))
         if all(torch.equal(raw[key], value) for key, value in weights.items()):
             raise ValueError(f'{path} has no EMA weights.')
     if not has_experts(weights):
