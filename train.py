@@ -40,7 +40,7 @@ from ewa.data import EpochLength, SeededDataset, check_classes, class_names, epo
 from ewa.distillation import TeacherView, check_weights, distillation_task, forward_flops
 from ewa.foreign import foreign
 from ewa.logbook import Logbook, say
-from ewa.moe import is_random, moe_layers
+from ewa.moe import is_random, moe_layers, pulled
 from ewa.options import train_parser
 from ewa.sources import build_model, load_teacher
 
@@ -245,7 +245,7 @@ def introduction(run: Run, accelerator: Accelerator) -> str:
     device_name = torch.cuda.get_device_name() if device == 'cuda' else device
     moe = [layer for _, layer in moe_layers(run.plain_model)]
     rate = f'share rate {args.share_rate:g}' if args.share_rate is not None else 'share rate by a policy'
-    experts = f'{len(moe[0].experts)} experts in {len(moe)} FFNs, {rate}' if moe else 'dense'
+    experts = f'{len(pulled(moe[0]))} experts in {len(moe)} FFNs, {rate}' if moe else 'dense'
     counts = ['?' if isinstance(batches.dataset, IterableDataset) else len(batches.dataset)
               for batches in (run.train_batches, run.val_batches)]
     return (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .moe import MoELayer, are_alike, check_plain, moe_layers
+from .moe import MoELayer, are_alike, check_plain, moe_layers, pulled
 from .pull import max_share_rate, pull_
 
 SCHEDULES = ('constant', 'linear', 'cosine')
@@ -75,19 +75,20 @@ def rate_schedule(
 
 
 def zip_parameters(name: str, layer: MoELayer) -> Iterator[Tuple[Tensor, ...]]:
-    """The parameters of a layer's experts side by side: for each one a tuple of `E` tensors of one shape.
+    """The parameters of what is pulled of a layer side by side: for each one a tuple of `E` tensors of one shape.
 
     Raises:
         ValueError: Experts differ in shape, have weights that are no plain parameters, or are frozen in part.
     """
+    experts = pulled(layer)
     try:
-        check_plain(layer.experts)
+        check_plain(experts)
     except ValueError as e:
         raise ValueError(f'{name}: {e}') from e
-    if not are_alike(layer.experts):
+    if not are_alike(experts):
         raise ValueError(f'The experts of {name} differ in shape, so they have no mean.')
     for (key, _), parameters in zip(
-            layer.experts[0].named_parameters(), zip(*(expert.parameters() for expert in layer.experts))):
+            experts[0].named_parameters(), zip(*(expert.parameters() for expert in experts))):
         if len({parameter.requires_grad for parameter in parameters}) > 1:
             raise ValueError(f'{key} is frozen in some experts of {name} and trained in others: freeze all or none.')
         yield parameters
@@ -101,8 +102,8 @@ class ExpertAverager:
         W_i <- (1 - r) * W_i + r / (E-1) * sum_{j != i} W_j
 
     The mean stays, each deviation from it shrinks by `1 - r*E/(E-1)` (`ewa.pull`). Parameters are changed in place;
-    nothing but the trainable parameters of `layer.experts` is touched. Gated MoE layers are pulled too; their routers
-    and shared experts are not.
+    nothing but the trainable parameters of `layer.experts`, or of the deviations of a layer in mean form, is touched.
+    Gated MoE layers are pulled too; their routers and shared experts are not.
 
     bfloat16 and float16 parameters are computed in float32 and rounded stochastically, so that a small share rate
     does not round away; the random bits depend only on `t`, so all replicas of a model stay equal.
@@ -136,7 +137,7 @@ class ExpertAverager:
             every: int = 1,
             stop_after: Optional[int] = None,
     ) -> None:
-        sizes = [len(layer.experts) for _, layer in moe_layers(model)]
+        sizes = [len(pulled(layer)) for _, layer in moe_layers(model)]
         if not sizes:
             raise ValueError(f'{type(model).__name__} has no MoE layer to average; convert it with ewa.to_moe first.')
         if every < 1:
@@ -176,21 +177,21 @@ class ExpertAverager:
         # all layers with as many experts and the same rate in one go: the lists are the parameters of all i-th experts
         groups: Dict[Tuple[int, float], List[List[Tensor]]] = {}
         for name, layer in moe_layers(self.model):
-            rate = self.policy(layer, self.pulls)
-            if not 0 <= rate <= max_share_rate(len(layer.experts)):
+            rate, experts = self.policy(layer, self.pulls), pulled(layer)
+            if not 0 <= rate <= max_share_rate(len(experts)):
                 raise ValueError(
                     f'The share rate of {name} at pull {self.pulls} is {rate}, not between 0 and (E-1)/E = '
-                    f'{max_share_rate(len(layer.experts)):.6g}.')
+                    f'{max_share_rate(len(experts)):.6g}.')
             if rate == 0:
                 continue
-            group = groups.setdefault((len(layer.experts), rate), [[] for _ in layer.experts])
+            group = groups.setdefault((len(experts), rate), [[] for _ in experts])
             for parameters in zip_parameters(name, layer):
                 if parameters[0].requires_grad:
-                    for expert, parameter in zip(group, parameters):
-                        expert.append(parameter)
-        for (_, rate), experts in groups.items():
-            if experts[0]:
-                pull_(experts, rate, self.pulls)
+                    for tensors, parameter in zip(group, parameters):
+                        tensors.append(parameter)
+        for (_, rate), group in groups.items():
+            if group[0]:
+                pull_(group, rate, self.pulls)
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Pull after every real step of an optimizer, from now on until `handle.remove()`.
@@ -259,7 +260,7 @@ class ExpertAverager:
     def _warn_of_copies(self, optimizer: Optimizer) -> None:
         """Say it where an optimizer keeps weights of its own, from which it would undo the pull."""
         for name, layer in moe_layers(self.model):
-            for parameter in layer.experts[0].parameters():
+            for parameter in pulled(layer)[0].parameters():
                 for key, value in optimizer.state.get(parameter, {}).items():
                     if not isinstance(value, Tensor) or value.shape != parameter.shape or not parameter.any():
                         continue

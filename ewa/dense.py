@@ -6,7 +6,7 @@ width of the dense FFN, `h` of an expert.
 import time
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, cast
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from .ffn import build_ffn, hidden_activations, is_ffn, read_ffn
 from .gathering import METHODS, ExpertStatistics, FFNWeights, Method
 from .identity import describe_dense, describe_width, plain_forward
 from .moe import (
-    MoELayer, check_plain, evaluating, fuse_experts, inherit_requires_grad, is_gated, kind, layer_pieces, moe_layers,
-    renormalises, route, shared_experts,
+    MoELayer, check_plain, evaluating, fuse_experts, inherit_requires_grad, is_gated, is_random, kind, layer_pieces,
+    moe_layers, pulled, renormalises, route, shared_experts,
 )
 from .upcycle import ARGUMENTS
 
@@ -113,7 +113,7 @@ def to_dense(
     describe_width(dense, layers)
     first = next(iter(layers.values()))
     dense.conversion = dict(
-        method=method, **options, num_experts=len(first.experts), layers=list(layers),
+        method=method, **options, num_experts=len(pulled(first)), layers=list(layers),
         router='topk' if gated else 'random')
     if k is not None:
         dense.conversion['k'] = k
@@ -140,11 +140,12 @@ def gather_layer(
     cut = layer_pieces(layer)
     single = cut == 1 and not shared and k is None
     if single and method.name == 'average':
-        return fuse_experts(layer.experts)
-    if not all(is_ffn(expert) for expert in [*layer.experts, *shared]):
-        raise ValueError(f'{method.name} can\'t read experts of type {type(layer.experts[0]).__name__}; use average.')
-    experts = [read_ffn(expert) for expert in layer.experts]
-    template = layer.experts[0]
+        return cast(Any, layer).fuse() if is_random(layer) else fuse_experts(layer.experts)
+    routed = layer.experts
+    template = routed[0]
+    if not all(is_ffn(expert) for expert in [*routed, *shared]):
+        raise ValueError(f'{method.name} can\'t read experts of type {type(template).__name__}; use average.')
+    experts = [read_ffn(expert) for expert in routed]
 
     def merged(group: List[int]) -> FFNWeights:
         members = [experts[i] for i in group]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import gathering
 from .calibration import measure_statistics
 from .ffn import is_ffn, read_ffn
-from .moe import MoELayer, are_alike, is_gated, kind, mean_state, moe_layers
+from .moe import MoELayer, are_alike, is_gated, kind, mean_state, moe_layers, pulled
 
 ORTHOGONAL = 0.1  # mean pairwise cosine under which experts are called nearly orthogonal
 ROUTER_NAMES = {'random': 'random', 'gated': 'topk', 'unknown': 'unknown'}
@@ -27,14 +27,15 @@ def distances_to_mean(model: nn.Module) -> Dict[str, float]:
     """
     result = {}
     for name, layer in moe_layers(model):
-        if not are_alike(layer.experts):
+        experts = layer.experts
+        if not are_alike(experts):
             continue
-        mean = mean_state(layer.experts)
+        mean = mean_state(experts)
         squares = [
             torch.stack([(p.float() - mean[key].float()).square().sum() for key, p in expert.named_parameters()]).sum()
-            for expert in layer.experts
+            for expert in experts
         ]
-        norm = torch.stack([mean[key].float().square().sum() for key, _ in layer.experts[0].named_parameters()]).sum()
+        norm = torch.stack([mean[key].float().square().sum() for key, _ in experts[0].named_parameters()]).sum()
         result[name] = float((torch.stack(squares).mean() / norm.clamp(min=1e-30)).sqrt())
     return result
 
@@ -87,7 +88,7 @@ def diagnose(model: nn.Module, batches: Optional[Iterable] = None, align: bool =
     records = []
     for name, layer in moe_layers(model):
         record: Dict[str, Any] = dict(
-            layer=name, router=ROUTER_NAMES[kind(layer)], num_experts=len(layer.experts))
+            layer=name, router=ROUTER_NAMES[kind(layer)], num_experts=len(pulled(layer)))
         if name in distances:
             record['distance'] = distances[name]
         if name in distances and all(is_ffn(expert) for expert in layer.experts):

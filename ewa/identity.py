@@ -9,7 +9,7 @@ from timm.models import create_model, is_model, split_model_name_tag
 from torch import nn
 
 from .ffn import block_of, find_ffns, layout_of
-from .moe import MoELayer, layer_pieces
+from .moe import MoELayer, layer_pieces, pulled
 
 # entries of a `pretrained_cfg` that speak of somebody's weights rather than of the model's input
 WEIGHT_CFG = (
@@ -59,7 +59,7 @@ def describe_width(dense: nn.Module, layers: Dict[str, MoELayer]) -> None:
     changed = [
         name for name, layer in layers.items() if (made := layout_of(dense.get_submodule(name))) is not None and any(
             made.hidden != layer_pieces(layer) * layout.hidden
-            for layout in map(layout_of, layer.experts) if layout is not None)]
+            for layout in map(layout_of, pulled(layer)) if layout is not None)]
     if not changed or not name_of_timm or not is_model(name_of_timm):
         return
     layouts = {name: layout_of(ffn) for name, ffn in find_ffns(dense).items() if block_of(name) or name in changed}

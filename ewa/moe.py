@@ -3,13 +3,14 @@
 Axis legend: `T` tokens, `D` width, `E` experts, `k` experts a token is sent to.
 
 A MoE layer is any module with an `nn.ModuleList` called `experts`, see `MoELayer`. Everybody who wants to know more of
-one asks here: `kind`, `renormalises`, `route`, `shared_experts`, `layer_pieces`.
+one asks here: `pulled`, `kind`, `renormalises`, `route`, `shared_experts`, `layer_pieces`.
 """
 import math
 import weakref
 from collections import OrderedDict
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Protocol, Sequence, Tuple, cast
 
 import torch
@@ -35,6 +36,8 @@ class MoELayer(Protocol):
 
     - `fuse()`: in `eval()` the layer computes with the mean of its experts, which this returns as a new module
       (random partition).
+    - `deviations`: an `nn.ModuleList` of `E` modules, what the pull moves in the place of `experts`; these are then not
+      held but made when asked for, as copies, so ask `pulled` for their number.
     - `router`: a module that maps tokens `(T, D)` to logits `(T, E)` (gated); with it `top_k` (1 where it is missing)
       and `renormalise` (True where it is missing). Or a method `route(tokens)`, see `route`.
     - `shared`: an `nn.ModuleList` of experts that every token passes through, unscaled.
@@ -56,12 +59,20 @@ class MoELayer(Protocol):
 
 def is_moe(module: nn.Module) -> bool:
     """Whether a module is a MoE layer, see `MoELayer`."""
-    return isinstance(getattr(module, 'experts', None), nn.ModuleList) and len(module.experts) > 0
+    held = getattr(module, 'deviations', None)
+    if not isinstance(held, nn.ModuleList):
+        held = getattr(module, 'experts', None)
+    return isinstance(held, nn.ModuleList) and len(held) > 0
 
 
 def moe_layers(model: nn.Module) -> Iterator[Tuple[str, MoELayer]]:
     """Names and modules of all MoE layers, in the order of `named_modules()`."""
     return ((name, cast(MoELayer, module)) for name, module in model.named_modules() if is_moe(module))
+
+
+def pulled(layer: MoELayer) -> nn.ModuleList:
+    """What the pull moves toward its mean, one module for each of the `E` experts: deviations if a layer has them."""
+    return layer.deviations if hasattr(layer, 'deviations') else layer.experts
 
 
 def kind(layer: MoELayer) -> str:
@@ -242,18 +253,27 @@ class RandomPartitionMoE(nn.Module):
             raise ValueError(f'A MoE layer needs at least 2 experts, got {len(self.experts)}.')
         self.train(self.experts[0].training)
 
+    def expert_functions(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        """`E` functions `(n, D) -> (n, D)`, for the tokens of each part; override here."""
+        return self.experts
+
+    def mean_function(self, x: Tensor) -> Tensor:
+        """The FFN with the mean weights, `(..., D) -> (..., D)`; override here."""
+        if not torch.compiler.is_compiling():
+            check_plain(self.experts)
+        return functional_call(self.experts[0], mean_state(self.experts), (x,))
+
     def forward(self, x: Tensor) -> Tensor:
         """`(..., D) -> (..., D)`."""
         if not self.training:
-            if not torch.compiler.is_compiling():
-                check_plain(self.experts)
-            return functional_call(self.experts[0], mean_state(self.experts), (x,))
+            return self.mean_function(x)
+        experts = self.expert_functions()
         tokens = x.reshape(-1, x.shape[-1])
         index, inverse, sizes = random_partition(
-            tokens.shape[0], len(self.experts), x.device, static=torch.compiler.is_compiling())
+            tokens.shape[0], len(experts), x.device, static=torch.compiler.is_compiling())
         parts = tokens.index_select(0, index).split(sizes)
         # an expert without tokens is called on zero rows: every parameter has a gradient, as DDP wants
-        out = torch.cat([expert(part) for expert, part in zip(self.experts, parts)])
+        out = torch.cat([expert(part) for expert, part in zip(experts, parts)])
         return out.index_select(0, inverse).reshape(*x.shape[:-1], out.shape[-1])
 
     def fuse(self) -> nn.Module:
@@ -269,6 +289,86 @@ class RandomPartitionMoE(nn.Module):
 
     def extra_repr(self) -> str:
         return 'router=random'
+
+
+class MeanFormMoE(RandomPartitionMoE):
+    """A random-partition MoE in mean coordinates: its parameters are the mean FFN and `E` deviations from it.
+
+    With the mean `M`, deviations `D_i` and the spread `s`, for each parameter of the FFN, expert `i` is
+
+        W_i = M + s * (D_i - mean_j D_j)
+
+    so the gradient of `M` is the sum over all tokens, as that of the dense FFN, and the gradient of `D_i` is
+    `s * (g_i - mean_j g_j)` with that of expert `i` in `g_i`. The weights of experts are computed in each forward pass
+    in training and not kept. `eval()`: the FFN `mean` itself.
+
+    Differs from `RandomPartitionMoE` by: state-dict keys `mean.` and `deviations.<i>.`; `experts` are copies, computed
+    when asked for; in `eval()` the deviations have no gradient.
+
+    Args:
+        experts: `E >= 2` FFNs of one architecture that map `(T, D) -> (T, D)` row by row; equal ones have deviations of
+            zero. The first becomes the module `mean`; of the others only the weights are used.
+        spread: `s >= 0`.
+
+    Raises:
+        ValueError: Fewer than 2 experts, a spread out of its range, or unequal experts with `spread=0`.
+    """
+
+    def __init__(self, experts: Iterable[nn.Module], spread: float = 1.) -> None:
+        super().__init__(experts)
+        if not 0 <= spread < math.inf:
+            raise ValueError(f'spread must be a number of at least 0, got {spread}.')
+        experts = self._modules.pop('experts')
+        self.mean = experts[0]
+        self.deviations = nn.ModuleList(deepcopy(expert) for expert in experts)
+        self.spread = float(spread)
+        mean = mean_state(experts)
+        with torch.no_grad():
+            for deviation in self.deviations:
+                for name, d in deviation.named_parameters():
+                    d.sub_(mean[name])
+                    if spread:
+                        d.div_(spread)
+                    elif bool(d.any()):
+                        raise ValueError('Experts that start unequal need a spread above 0.')
+            for name, m in self.mean.named_parameters():
+                m.copy_(mean[name])
+
+    def expert_states(self) -> List[Dict[str, Tensor]]:
+        """Name to weight `W_i`, for each expert. Keeps the autograd graph."""
+        if not torch.compiler.is_compiling():
+            check_plain([self.mean])
+        states: List[Dict[str, Tensor]] = [{} for _ in self.deviations]
+        for name, m in self.mean.named_parameters():
+            deviations = [deviation.get_parameter(name) for deviation in self.deviations]
+            base = torch.add(m, sum(deviations[1:], deviations[0]), alpha=-self.spread / len(deviations))
+            for state, d in zip(states, deviations):
+                state[name] = torch.add(base, d, alpha=self.spread)
+        return states
+
+    @property
+    def experts(self) -> nn.ModuleList:
+        """New FFNs with the weights of the experts."""
+        with torch.no_grad():
+            states = self.expert_states()
+            experts = nn.ModuleList(deepcopy(self.mean) for _ in states)
+            for expert, state in zip(experts, states):
+                for name, p in expert.named_parameters():
+                    p.copy_(state[name])
+        return experts
+
+    def expert_functions(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        return [partial(functional_call, self.mean, state) for state in self.expert_states()]
+
+    def mean_function(self, x: Tensor) -> Tensor:
+        return self.mean(x)
+
+    def fuse(self) -> nn.Module:
+        """The dense FFN this layer computes with in `eval()`: a copy of `mean`."""
+        return deepcopy(self.mean)
+
+    def extra_repr(self) -> str:
+        return f'router=random, form=mean, spread={self.spread:g}'
 
 
 class TopKMoE(nn.Module):

@@ -23,6 +23,11 @@ MOE_FLAGS: Tuple[Tuple[str, str, Dict[str, Any]], ...] = (
     ('--expert-init', 'init', dict(
         choices=('copy', 'independent'), help='initial weights of the experts; default: copies of one FFN')),
     ('--router', 'router', dict(choices=ROUTERS, help='random: random partition (EWA), topk: gated')),
+    ('--expert-form', 'form', dict(
+        choices=('experts', 'mean'),
+        help='random: parameters are experts, as published, or their mean and deviations from it; default: experts')),
+    ('--spread', 'spread', dict(
+        type=float, metavar='S', help='form mean: what deviations are multiplied by, at least 0; default: 0.3')),
     ('--top-k', 'top_k', dict(type=int, metavar='K', help='gated: experts a token')),
     ('--num-shared', 'num_shared', dict(type=int, metavar='N', help='gated: experts that see every token')),
     ('--expert-ratio', 'expert_ratio', dict(

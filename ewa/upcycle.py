@@ -3,10 +3,12 @@
 Axis legend: `E` experts, `H` hidden width, `D` width.
 """
 import inspect
+import math
 import warnings
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any, Callable, Dict, List, Sequence, Union, cast
 
 import torch
@@ -16,7 +18,7 @@ from torch import nn
 from .ffn import Layout, block_of, build_ffn, find_ffns, layout_of, read_ffn, select_ffns
 from .gathering import FFNWeights, take
 from .identity import describe_moe
-from .moe import ROUTERS, TopKMoE, check_plain, is_moe, moe_layers, pieces
+from .moe import ROUTERS, MeanFormMoE, RandomPartitionMoE, TopKMoE, check_plain, is_moe, moe_layers, pieces
 
 
 def _shuffled(weights: FFNWeights) -> FFNWeights:
@@ -65,6 +67,8 @@ def to_moe(
         layers: Union[str, Sequence[int], Sequence[str]] = 'every:2',
         router: Union[str, Callable[[List[nn.Module]], nn.Module]] = 'random',
         init: str = 'copy',
+        form: str = 'experts',
+        spread: float = 0.3,
         top_k: int = 2,
         num_shared: int = 0,
         expert_ratio: float = 1.0,
@@ -73,7 +77,8 @@ def to_moe(
     """Replace FFNs of a model by MoE layers, in place. Call it before the optimizer is made.
 
     State-dict keys are the dense ones with `experts.<i>.` inserted after the FFN's name:
-    `blocks.1.mlp.fc1.weight` -> `blocks.1.mlp.experts.0.fc1.weight`.
+    `blocks.1.mlp.fc1.weight` -> `blocks.1.mlp.experts.0.fc1.weight`; in the form `'mean'` with `mean.` or
+    `deviations.<i>.` there.
 
     Args:
         model: Any model with token-wise FFNs, see `ewa.ffn`: of timm, torchvision, transformers, your own.
@@ -85,6 +90,10 @@ def to_moe(
             `ewa.moe.register_router` (a model can be loaded again if its factory is registered under the name it has).
         init: `'copy'`: experts start as the dense FFN. `'independent'`: each expert beyond the first is a further draw
             from the host's initialisation, for a model that has not been trained.
+        form: Random partition only: `'experts'`, each with parameters of its own as published, or `'mean'`, the mean
+            FFN and deviations from it (`ewa.moe.MeanFormMoE`), which trains the mean as a dense FFN is trained.
+        spread: Form `'mean'` only: `s >= 0`, what deviations are multiplied by; under Adam it scales their learning
+            rate, under SGD it acts squared.
         top_k: Gated only: experts a token, 1 to `E`.
         num_shared: Gated only: further experts that every token passes through.
         expert_ratio: Gated only: `1/m` makes all experts of hidden width `H/m`. They start as consecutive slices of
@@ -106,6 +115,14 @@ def to_moe(
             f'a router of your own known with ewa.moe.register_router.')
     factory = router if callable(router) else ROUTERS[router]
     gated = factory is TopKMoE
+    if form not in ('experts', 'mean'):
+        raise ValueError(f"form must be 'experts' or 'mean', got {form!r}.")
+    if form == 'mean':
+        if factory is not RandomPartitionMoE:
+            raise ValueError(f"form='mean' is a form of router='random', not of {router!r}.")
+        if not 0 <= spread < math.inf or (spread == 0 and init == 'independent'):
+            raise ValueError(f"spread must be at least 0, and above with init='independent', got {spread}.")
+        factory = partial(MeanFormMoE, spread=spread)
     if init not in ('copy', 'independent'):
         raise ValueError(f"init must be 'copy' or 'independent', got {init!r}.")
     if num_shared < 0:
@@ -174,6 +191,8 @@ def to_moe(
     args['router'] = getattr(router, '__name__', type(router).__name__) if callable(router) else router
     if gated:
         args.update(top_k=top_k, num_shared=num_shared, expert_ratio=expert_ratio, renormalise=renormalise)
+    if form == 'mean':
+        args.update(form=form, spread=spread)
     describe_moe(model, args)
     return model
 

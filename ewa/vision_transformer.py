@@ -3,6 +3,7 @@
 `vit_ewa(host=NAME, ...)` makes a MoE model of any timm model with FFNs; the other names are that entry with host and
 router fixed. Keyword arguments of the host and of `ewa.to_moe` both pass.
 """
+import re
 from typing import Any, Dict, Optional
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from .ffn import select_ffns
 from .identity import WEIGHT_CFG
-from .moe import moe_layers
+from .moe import moe_layers, pulled
 from .stacked import unstack
 from .upcycle import ARGUMENTS, to_moe
 
@@ -52,9 +53,15 @@ def _cfg(host: str) -> Dict[str, Any]:
 default_cfgs = generate_default_cfgs({name: _cfg(host) for name, host in HOSTS.items()})
 
 
+def expert_layers(state_dict: Dict[str, Tensor]) -> Dict[str, str]:
+    """Name of each MoE layer in a state dict to its form: `'experts'` or `'mean'`; empty for a dense model."""
+    matches = (re.match(r'(.+?)\.(experts|deviations)\.\d', key) for key in state_dict)
+    return {match[1]: 'experts' if match[2] == 'experts' else 'mean' for match in matches if match}
+
+
 def has_experts(state_dict: Dict[str, Tensor]) -> bool:
     """Whether weights are those of a MoE model (rather than of a dense one, to be copied into the experts)."""
-    return any('.experts.' in key for key in state_dict)
+    return bool(expert_layers(state_dict))
 
 
 def _given_weights(cfg: Dict[str, Any]) -> Optional[Dict[str, Tensor]]:
@@ -84,13 +91,13 @@ def load_experts(model: nn.Module, state_dict: Dict[str, Tensor], prefix: str = 
         try:
             layer.load_state_dict(weights)
         except RuntimeError as e:
-            experts = len({key.split('.')[1] for key in weights if key.startswith('experts.')})
+            experts = len({key.split('.')[1] for key in weights if key.startswith(('experts.', 'deviations.'))})
             raise ValueError(
                 f'The weights do not fit the MoE layer {name}: they have {experts} experts there, the model '
-                f'{len(layer.experts)}. Give the num_experts, layers, router, num_shared and expert_ratio they were '
-                f'trained with. ({e})') from e
+                f'{len(pulled(layer))}. Give the num_experts, layers, router, form, num_shared and expert_ratio they '
+                f'were trained with. ({e})') from e
     expected = {name.removeprefix(prefix) for name, _ in moe_layers(model)}
-    given = {key.split('.experts.')[0] for key in state_dict if '.experts.' in key}
+    given = set(expert_layers(state_dict))
     if given - expected and not prefix:
         raise ValueError(
             f'The weights have experts in {", ".join(sorted(given))}, the model in {", ".join(sorted(expected))}: '
@@ -119,17 +126,20 @@ def _create(
     host_args = dict(kwargs, cache_dir=cache_dir)
     cfg = resolve_pretrained_cfg(host, pretrained_cfg, pretrained_cfg_overlay).to_dict()
     weights = _given_weights(cfg) if pretrained else None
-    moe_weights = weights if weights and has_experts(weights) else {}
-    if moe_weights and moe_args.get('init') == 'auto':
-        del moe_args['init']  # was a choice in version 0.1.0, and is written in folders of that time
+    given_layers = expert_layers(weights or {})
+    moe_weights = weights if given_layers else {}
+    if given_layers:
+        if moe_args.get('init') == 'auto':
+            del moe_args['init']  # was a choice in version 0.1.0, and is written in folders of that time
+        # model folders of versions that had one form do not name it
+        moe_args.setdefault('form', next(iter(given_layers.values())))
     if weights is not None:
         if moe_weights:
             with torch.device('meta'):
                 skeleton = create_model(host, **model_args).state_dict()
-            names = {key.split('.experts.')[0] for key in moe_weights if '.experts.' in key}
-            weights = {k: v for k, v in weights.items() if not k.startswith(tuple(f'{name}.' for name in names))}
-            weights.update({
-                k: torch.zeros(v.shape) for k, v in skeleton.items() if k.startswith(tuple(f'{n}.' for n in names))})
+            replaced = tuple(f'{name}.' for name in given_layers)
+            weights = {k: v for k, v in weights.items() if not k.startswith(replaced)}
+            weights.update({k: torch.zeros(v.shape) for k, v in skeleton.items() if k.startswith(replaced)})
         cfg = {k: v for k, v in cfg.items() if k not in WEIGHT_CFG}
         host_args['pretrained_cfg'] = dict(cfg, state_dict=weights, architecture=host)
     elif pretrained or pretrained_cfg or pretrained_cfg_overlay:

@@ -33,6 +33,19 @@ def pull_layers(layers, share_rate):
                 parameter.copy_(value)
 
 
+def mean_form_experts(layer):
+    """W_i = M + s (D_i - mean_j D_j) in float64, parameter by parameter, as new FFNs."""
+    experts = []
+    for i in range(len(layer.deviations)):
+        expert = copy.deepcopy(layer.mean)
+        for name, m in layer.mean.named_parameters():
+            deviations = [d.get_parameter(name).detach() for d in layer.deviations]
+            centred = deviations[i].double() - mean(deviations)
+            expert.get_parameter(name).data = (m.detach().double() + layer.spread * centred).to(m.dtype)
+        experts.append(expert)
+    return experts
+
+
 def owners(index, inverse, sizes):
     """The expert of each token, from a partition as `random_partition` returns it."""
     part_of_row = [part for part, size in enumerate(sizes) for _ in range(size)]

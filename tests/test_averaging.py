@@ -5,16 +5,20 @@ from copy import deepcopy
 import pytest
 import timm.optim
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from sklearn.datasets import load_digits
 from timm.layers import Mlp
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import ewa
 import reference
-from ewa.moe import RandomPartitionMoE, moe_layers
+from ewa.moe import MeanFormMoE, RandomPartitionMoE, moe_layers, pulled
 from ewa.pull import max_share_rate
 from gated import REWEIGHTED
 
@@ -24,6 +28,16 @@ HALF = [torch.bfloat16, torch.float16]
 def moe_layer(num_experts=4, width=8, hidden=16, dtype=None, seed=0):
     torch.manual_seed(seed)
     return RandomPartitionMoE(Mlp(width, hidden) for _ in range(num_experts)).to(dtype)
+
+
+def mean_layer(num_experts=4, width=8, hidden=16, dtype=None, seed=0, spread=.3):
+    """A layer in mean form whose deviations have a mean of their own, as training gives them."""
+    layer = MeanFormMoE(moe_layer(num_experts, width, hidden, seed=seed).experts, spread)
+    with torch.no_grad():
+        for deviation in layer.deviations:
+            for p in deviation.parameters():
+                p.add_(.1)
+    return layer.to(dtype)
 
 
 def expert_parameters(layer):
@@ -55,11 +69,12 @@ def train_step(model, optimizer, seed=0):
     optimizer.zero_grad()
 
 
+@pytest.mark.parametrize('form', [moe_layer, mean_layer])
 @pytest.mark.parametrize('num_experts', range(2, 9))
 @pytest.mark.parametrize('part', [0, .001, .3, .77, 1])
-def test_pull_is_the_equation(num_experts, part):
+def test_pull_is_the_equation(num_experts, part, form):
     share_rate = part * (num_experts - 1) / num_experts
-    layer = moe_layer(num_experts)
+    layer = form(num_experts)
     expected = reference.pull(expert_parameters(layer), share_rate)
     means = [reference.mean(p) for p in zip(*expert_parameters(layer))]
     before = deviation(layer)
@@ -82,7 +97,8 @@ def test_layers_of_different_numbers_of_experts_are_pulled_by_their_own_equation
                 torch.testing.assert_close(p.double(), value, atol=2e-7, rtol=0)
 
 
-@pytest.mark.parametrize('kwargs', [dict(), dict(router='topk'), dict(router='topk', num_shared=1, expert_ratio=.25)])
+@pytest.mark.parametrize('kwargs', [
+    dict(), dict(form='mean'), dict(router='topk'), dict(router='topk', num_shared=1, expert_ratio=.25)])
 def test_pull_touches_experts_only(tiny, images, kwargs):
     model = ewa.to_moe(tiny(), init='independent', **kwargs).train()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -97,7 +113,7 @@ def test_pull_touches_experts_only(tiny, images, kwargs):
     ewa.ExpertAverager(model, .5).step()
     assert torch.equal(torch.get_rng_state(), rng)
     for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]) == ('.experts.' not in name), name
+        assert torch.equal(p, before[name]) == ('.experts.' not in name and '.deviations.' not in name), name
         assert p.data_ptr() == pointers[name] and torch.equal(p.grad, grads[name]) and p.requires_grad
     after = optimizer.state_dict()
     assert after['param_groups'] == state['param_groups']
@@ -124,6 +140,43 @@ def test_equal_experts_stay_as_they_are(dtype, share_rate):
     for _ in range(10):
         averager.step()
     assert all(torch.equal(p, before[name]) for name, p in layer.named_parameters())
+
+
+def test_without_spread_the_mean_form_trains_as_the_dense_model(tiny, images):
+    dense = tiny().train()
+    model = ewa.to_moe(deepcopy(dense), layers='all', form='mean', spread=0.).train()
+    target = torch.tensor([1, 2, 3])
+    # the eps keeps Adam from making whole steps of gradients that are rounding errors
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, weight_decay=.1, eps=1e-4) for m in (dense, model)]
+    ewa.ExpertAverager(model, .1).attach(optimizers[1])
+    for _ in range(10):
+        losses = []
+        for m, optimizer in zip((dense, model), optimizers):
+            losses.append(nn.functional.cross_entropy(m(images), target))
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        torch.testing.assert_close(*losses)
+    assert losses[0] < 2
+    trained = ewa.to_dense(model).state_dict()
+    for key, value in dense.state_dict().items():
+        torch.testing.assert_close(trained[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_under_sgd_the_spread_acts_squared():
+    x, moves = torch.randn(8, 8), []
+    for spread in (.2, .4):
+        layer = mean_layer(spread=1.)
+        layer.spread = spread
+        with torch.no_grad():
+            for deviation in layer.deviations:
+                for p in deviation.parameters():
+                    p.zero_()
+        torch.manual_seed(1)
+        layer.train()(x).square().sum().backward()
+        torch.optim.SGD(layer.parameters(), lr=1.).step()
+        moves.append(layer.experts[0].fc1.weight - layer.mean.fc1.weight)
+    torch.testing.assert_close(moves[1], 4 * moves[0], rtol=1e-4, atol=1e-6)
 
 
 def test_zero_rate_changes_nothing():
@@ -547,12 +600,49 @@ def test_steps_skipped_by_the_loss_scaler_are_not_pulled(fused):
     assert pulls == [0, 1, 2, 2, 3, 4]
 
 
+def train_on_two_processes(rank, folder):
+    """Three steps on this process's half of each batch, with replicated and with sharded parameters, in either form."""
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', f'file://{folder}/rendezvous', rank=rank, world_size=2)
+    mesh = init_device_mesh('cpu', (2,))
+    for form in ('experts', 'mean'):
+        states = []
+        for sharded in (False, True):
+            torch.manual_seed(0)
+            blocks = nn.Sequential(*(nn.Sequential(nn.LayerNorm(8), Mlp(8, 16)) for _ in range(2)))
+            model = ewa.to_moe(blocks, layers='.', form=form, init='independent').train()
+            wrapped = model if sharded else nn.parallel.DistributedDataParallel(model)
+            if sharded:
+                for module in (*model, model):
+                    fully_shard(module, mesh=mesh)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=.01, eps=1e-4)
+            ewa.ExpertAverager(model, .3).attach(optimizer)
+            for step in range(3):
+                x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))[rank::2]
+                torch.manual_seed(10 * step + rank)
+                wrapped(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            states.append(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+        if rank == 0:
+            assert list(states[0]) == list(states[1])
+            assert sum('.deviations.3.' in key for key in states[0]) == (8 if form == 'mean' else 0)
+            for key, value in states[0].items():
+                torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-6)
+    dist.destroy_process_group()
+
+
+def test_sharded_parameters_train_and_are_pulled_as_replicated_ones(tmp_path):
+    torch.multiprocessing.spawn(train_on_two_processes, (str(tmp_path),), nprocs=2)
+
+
 class TestHalfPrecision:
+    @pytest.mark.parametrize('form', [moe_layer, mean_layer])
     @pytest.mark.parametrize('dtype', HALF)
-    def test_small_rates_shrink_deviations_at_their_speed_and_keep_the_mean(self, dtype):
+    def test_small_rates_shrink_deviations_at_their_speed_and_keep_the_mean(self, dtype, form):
         pulls, share_rate, num_experts = 1000, 1e-4, 4
-        layer = moe_layer(num_experts, width=32, hidden=128, dtype=dtype)
-        weights = [expert.fc1.weight for expert in layer.experts]
+        layer = form(num_experts, width=32, hidden=128, dtype=dtype)
+        weights = [ffn.fc1.weight for ffn in pulled(layer)]
 
         def split():
             stacked = torch.stack([w.detach().double() for w in weights])

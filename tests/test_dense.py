@@ -31,9 +31,10 @@ FROM_WEIGHTS = [method.name for method in METHODS.values() if method.kind != 'fi
 FINE = dict(router='topk', num_experts=8, expert_ratio=.25, num_shared=1, top_k=3)
 
 
+@pytest.mark.parametrize('form', ['experts', 'mean'])
 @pytest.mark.parametrize('name, kwargs', [host[:2] for host in HOSTS], ids=[host[0] for host in HOSTS])
-def test_average_computes_what_the_model_does_in_eval(tiny, images, name, kwargs):
-    model = ewa.to_moe(tiny(name, **kwargs), init='independent').eval()
+def test_average_computes_what_the_model_does_in_eval(tiny, images, name, kwargs, form):
+    model = ewa.to_moe(tiny(name, **kwargs), init='independent', form=form).eval()
     vit = ewa.to_dense(model)
     assert torch.equal(vit(images), model(images))
     dense = tiny(name, **kwargs)
@@ -43,9 +44,9 @@ def test_average_computes_what_the_model_does_in_eval(tiny, images, name, kwargs
 
 
 @pytest.mark.parametrize('mode', [True, False])
-@pytest.mark.parametrize('router', ['random', 'topk'])
-def test_average_is_the_mean_and_leaves_the_input_as_it_was(tiny, images, mode, router):
-    model = ewa.to_moe(tiny(), router=router, init='independent').train(mode)
+@pytest.mark.parametrize('kwargs', [dict(), dict(form='mean'), dict(router='topk')])
+def test_average_is_the_mean_and_leaves_the_input_as_it_was(tiny, images, mode, kwargs):
+    model = ewa.to_moe(tiny(), init='independent', **kwargs).train(mode)
     model.blocks[0].eval()
     model(images)  # a gated layer then holds losses
     before, text = deepcopy(model.state_dict()), repr(model)

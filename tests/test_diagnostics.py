@@ -44,6 +44,18 @@ def test_distance_and_cosine_by_hand(tiny, name, router):
         assert record['cosine'] == pytest.approx(mean_over_pairs(expected), abs=1e-5)
 
 
+def test_distance_in_mean_form_is_the_size_of_deviations(tiny):
+    model = scatter(ewa.to_moe(tiny(), form='mean', spread=.3))
+    for record in ewa.diagnose(model):
+        layer = model.get_submodule(record['layer'])
+        deviations = [torch.cat([p.detach().flatten().double() for p in d.parameters()]) for d in layer.deviations]
+        centre = sum(deviations) / 4
+        size = .3 * math.sqrt(sum((d - centre).square().sum().item() for d in deviations) / 4)
+        mean = torch.cat([p.detach().flatten().double() for p in layer.mean.parameters()])
+        assert record['distance'] == pytest.approx(size / mean.norm().item(), rel=1e-4)
+        assert record['router'] == 'random' and record['num_experts'] == 4 and record['change'] == 0
+
+
 def test_equal_and_independent_experts(tiny):
     for record in ewa.diagnose(ewa.to_moe(tiny(), init='copy')):
         assert record['distance'] == 0 and record['change'] == 0

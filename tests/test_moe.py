@@ -4,18 +4,20 @@ import pickle
 import weakref
 from copy import deepcopy
 
+import onnx
 import pytest
 import torch
-from timm.layers import Mlp
+from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models import get_notrace_modules, reparameterize_model
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import ewa
 import ewa.moe
 import reference
 from ewa.gathering import METHODS, mean
-from ewa.moe import RandomPartitionMoE, TopKMoE, is_moe, moe_layers
+from ewa.moe import MeanFormMoE, RandomPartitionMoE, TopKMoE, is_moe, moe_layers, pulled
 from ewa.partition import random_partition
 from gated import REWEIGHTED, foreign, gated, sequences
 
@@ -162,10 +164,185 @@ class TestRandomPartition:
             assert sum(loads) == num_tokens and max(loads) - min(loads) <= 1
 
 
+class TokenConv(nn.Module):
+    """A convolution over the channels of one token at a time, with an offset that is no matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(8, 8, 1)
+        self.offset = nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        return self.conv(x.reshape(-1, 8, 1)).reshape(x.shape) + self.offset
+
+
+FFNS = {
+    'plain': lambda: Mlp(8, 16),
+    'GLU': lambda: GluMlp(8, 16),
+    'norm inside': lambda: SwiGLU(8, 16, norm_layer=nn.LayerNorm),
+    'convolution': TokenConv,
+}
+
+
+def mean_layer(ffn='plain', num_experts=4, spread=.3):
+    torch.manual_seed(0)
+    return MeanFormMoE([FFNS[ffn]() for _ in range(num_experts)], spread)
+
+
+class TestMeanForm:
+    @pytest.mark.parametrize('ffn', FFNS)
+    @pytest.mark.parametrize('shape', [(16, 8), (2, 9, 8), (3, 8)])
+    def test_training_equals_the_reference_for_the_drawn_partition(self, ffn, shape):
+        layer, x = mean_layer(ffn), torch.randn(shape)
+        tokens = x.reshape(-1, 8)
+        torch.manual_seed(1)
+        owner = reference.owners(*random_partition(len(tokens), 4))
+        torch.manual_seed(1)
+        out = layer.train()(x)
+        expected = reference.partition_forward(tokens, reference.mean_form_experts(layer), owner)
+        torch.testing.assert_close(out.reshape(-1, 8), expected)
+
+    @pytest.mark.parametrize('ffn', FFNS)
+    def test_gradients_are_the_sum_and_the_centred_differences(self, ffn):
+        layer, x = mean_layer(ffn), torch.randn(3, 9, 8)
+        torch.manual_seed(1)
+        owner = reference.owners(*random_partition(27, 4))
+        torch.manual_seed(1)
+        layer.train()(x).square().sum().backward()
+        experts = reference.mean_form_experts(layer)
+        reference.partition_forward(x.reshape(-1, 8), experts, owner).square().sum().backward()
+        for name, m in layer.mean.named_parameters():
+            gradients = [expert.get_parameter(name).grad for expert in experts]
+            torch.testing.assert_close(m.grad, sum(gradients), rtol=1e-4, atol=1e-5)
+            for deviation, gradient in zip(layer.deviations, gradients):
+                torch.testing.assert_close(
+                    deviation.get_parameter(name).grad, .3 * (gradient - sum(gradients) / 4), rtol=1e-4, atol=1e-5)
+
+    def test_the_mean_is_the_module_of_the_host(self):
+        ffn = Mlp(8, 16)
+        weights = deepcopy(ffn.state_dict())
+        parameters = list(ffn.parameters())
+        layer = MeanFormMoE([ffn, deepcopy(ffn), deepcopy(ffn)])
+        assert layer.mean is ffn
+        assert all(p is q for p, q in zip(layer.mean.parameters(), parameters))
+        assert all(torch.equal(weights[key], value) for key, value in ffn.state_dict().items())
+        assert not any(p.any() for p in layer.deviations.parameters())
+        assert list(layer.state_dict()) == [f'mean.{key}' for key in weights] + [
+            f'deviations.{i}.{key}' for i in range(3) for key in weights]
+
+    @pytest.mark.parametrize('spread', [.1, 1., 3.])
+    def test_experts_are_those_it_is_made_of(self, spread):
+        experts = [FFNS['norm inside']() for _ in range(4)]
+        layer = MeanFormMoE(deepcopy(experts), spread)
+        for expert, given, expected in zip(layer.experts, experts, reference.mean_form_experts(layer)):
+            assert type(expert) is type(given)
+            for name, p in expert.named_parameters():
+                torch.testing.assert_close(p, given.get_parameter(name))
+                torch.testing.assert_close(p, expected.get_parameter(name))
+
+    def test_copies_train_as_the_published_form_at_the_first_pass(self):
+        ffn, x = Mlp(8, 16), torch.randn(3, 9, 8)
+        outputs = []
+        for layer in (RandomPartitionMoE([deepcopy(ffn) for _ in range(4)]), MeanFormMoE([ffn] + [deepcopy(ffn)] * 3)):
+            torch.manual_seed(1)
+            outputs.append(layer.train()(x))
+        assert torch.equal(*outputs)
+
+    def test_no_copy_of_an_expert_is_kept(self):
+        layer, x = mean_layer(), torch.randn(5, 8)
+        before = {name: id(p) for name, p in layer.named_parameters()}
+        attributes = {id(module): set(vars(module)) for module in layer.modules()}
+        made = []
+        states = layer.expert_states
+        layer.expert_states = lambda: [made.append(weakref.ref(w)) or s for s in states() for w in s.values()][::4]
+        attributes[id(layer)].add('expert_states')
+        layer.train()(x).sum().backward()
+        gc.collect()
+        assert len(made) == 16 and not any(ref() is not None for ref in made)
+        assert {name: id(p) for name, p in layer.named_parameters()} == before
+        assert {id(module): set(vars(module)) for module in layer.modules()} == attributes
+
+    def test_eval_is_the_mean_to_the_bit(self):
+        layer, x = mean_layer().eval(), torch.randn(2, 9, 8)
+        assert torch.equal(layer(x), layer.mean(x))
+        fused = layer.fuse()
+        assert type(fused) is Mlp and torch.equal(fused(x), layer(x))
+        layer(x).sum().backward()
+        assert all(p.grad is None for p in layer.deviations.parameters())
+        with torch.no_grad():
+            fused.fc1.weight.zero_()
+        assert layer.mean.fc1.weight.all()
+
+    def test_scripts_traces_and_exports_as_the_plain_ffn(self, tmp_path):
+        model, x = nn.Sequential(mean_layer()).eval(), torch.randn(5, 8)
+        expected = model(x)
+        assert torch.equal(torch.jit.trace(model, x)(x), expected)
+        plain = nn.Sequential(model[0].fuse())
+        operators = []
+        for host in (model, plain):
+            torch.onnx.export(host, (x,), tmp_path / 'model.onnx', dynamo=False)
+            graph = onnx.load(tmp_path / 'model.onnx').graph
+            operators.append(([node.op_type for node in graph.node], len(graph.initializer)))
+        assert operators[0] == operators[1]
+        with SummaryWriter(str(tmp_path)) as board:
+            board.add_graph(model, x)
+        scripted = torch.jit.script(model)
+        assert torch.equal(scripted(x), expected)
+        assert list(scripted.state_dict()) == list(plain.state_dict())
+
+    def test_copies_and_pickles_after_a_training_pass(self):
+        layer, x = mean_layer().train(), torch.randn(5, 8)
+        layer(x).sum().backward()
+        for copy in (deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert copy.spread == .3 and is_moe(copy)
+            assert torch.equal(copy.eval()(x), layer.mean(x))
+
+    def test_compiles_once_without_a_graph_break(self):
+        torch.compiler.reset()
+        layer, x = mean_layer().train(), torch.randn(18, 8)
+        compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(3):
+                compiled(x).square().sum().backward()
+                assert all(p.grad.isfinite().all() for p in layer.parameters())
+                with torch.no_grad():
+                    for p in layer.parameters():
+                        p.add_(p.grad, alpha=-.01)
+
+    def test_experts_without_tokens_have_gradients(self):
+        layer = mean_layer().train()
+        layer(torch.randn(1, 8)).sum().backward()
+        assert all(p.grad is not None for p in layer.parameters())
+
+    def test_frozen_parameters_have_frozen_deviations(self):
+        ffn = Mlp(8, 16)
+        ffn.fc1.requires_grad_(False)
+        layer = MeanFormMoE([deepcopy(ffn) for _ in range(4)]).train()
+        layer(torch.randn(9, 8)).sum().backward()
+        assert {name.split('.', 2)[2] for name, p in layer.deviations.named_parameters('deviations') if p.grad is None
+                } == {'fc1.weight', 'fc1.bias'}
+
+    @pytest.mark.parametrize('spread', [-.1, float('nan'), float('inf')])
+    def test_a_spread_out_of_its_range_is_refused(self, spread):
+        with pytest.raises(ValueError, match=f'spread must be .* got {spread}'):
+            mean_layer(spread=spread)
+
+    def test_unequal_experts_without_spread_are_refused(self):
+        with pytest.raises(ValueError, match='unequal need a spread above 0'):
+            mean_layer(spread=0)
+
+    def test_the_pull_acts_on_deviations(self):
+        layer = mean_layer()
+        assert is_moe(layer) and pulled(layer) is layer.deviations
+        published = random_layer()
+        assert pulled(published) is published.experts
+
+
+@pytest.mark.parametrize('form', ['experts', 'mean'])
 @pytest.mark.parametrize('num_experts', [3, 4])
-def test_model_compiles_without_a_graph_break(tiny, images, num_experts):
+def test_model_compiles_without_a_graph_break(tiny, images, num_experts, form):
     torch.compiler.reset()
-    model = ewa.to_moe(tiny(depth=2), num_experts, init='independent')  # 51 tokens: divisible by 3 only
+    model = ewa.to_moe(tiny(depth=2), num_experts, init='independent', form=form)  # 51 tokens: divisible by 3 only
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     compiled.train()(images).square().sum().backward()
     assert all(g.isfinite().all() for g in gradients(model).values())
@@ -242,7 +419,9 @@ class TestTopK:
             assert layer(x).dtype == torch.bfloat16
 
 
-ROUTERS = [dict(router='random'), dict(router='topk'), dict(router='topk', num_shared=1, expert_ratio=.25)]
+ROUTERS = [
+    dict(router='random'), dict(router='random', form='mean'), dict(router='topk'),
+    dict(router='topk', num_shared=1, expert_ratio=.25)]
 
 
 @pytest.mark.parametrize('kwargs', ROUTERS)
@@ -349,6 +528,14 @@ class TestPlainWeights:
             with pytest.raises(ValueError, match=words):
                 call()
         model.train()(images)  # each expert by itself is what it is
+
+    @pytest.mark.parametrize('change, words', REWEIGHTED)
+    def test_in_mean_form(self, tiny, images, change, words):
+        model = ewa.to_moe(tiny(), form='mean')
+        change(model.blocks[1].mlp.mean)
+        for call in (lambda: model.train()(images), lambda: ewa.to_dense(model)):
+            with pytest.raises(ValueError, match=words):
+                call()
 
     @pytest.mark.parametrize('method', METHODS)
     def test_in_gated_layers(self, method):

@@ -9,7 +9,7 @@ from torch import nn
 import ewa
 from ewa.exporting import write_folder
 from ewa.ffn import find_ffns, read_ffn
-from ewa.moe import RandomPartitionMoE, TopKMoE, fuse_experts, moe_layers
+from ewa.moe import MeanFormMoE, RandomPartitionMoE, TopKMoE, fuse_experts, moe_layers
 
 SWIN = dict(depth=None, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2))
 HOSTS = [
@@ -93,6 +93,32 @@ def test_converts_in_place_and_returns_the_model(tiny):
     model = tiny()
     ffn = model.blocks[1].mlp
     assert ewa.to_moe(model) is model and model.blocks[1].mlp.experts[0] is ffn
+
+
+@pytest.mark.parametrize('name, kwargs, first', HOSTS, ids=[host[0] for host in HOSTS])
+class TestMeanForm:
+    def test_copies_keep_the_ffn_of_the_host_as_their_mean(self, tiny, images, name, kwargs, first):
+        dense = pretrained_like(tiny(name, **kwargs)).eval()
+        model = deepcopy(dense)
+        ffn = model.get_submodule(first)
+        ewa.to_moe(model, num_experts=3, form='mean', spread=.5)
+        layer = model.get_submodule(first)
+        assert type(layer) is MeanFormMoE and layer.mean is ffn and layer.spread == .5 and len(layer.deviations) == 3
+        assert torch.equal(model(images), dense(images))
+        for key, value in dense.get_submodule(first).state_dict().items():
+            assert torch.equal(model.state_dict()[f'{first}.mean.{key}'], value)
+            assert all(not model.state_dict()[f'{first}.deviations.{i}.{key}'].any() for i in range(3))
+
+    def test_independent_experts_are_those_of_the_published_form(self, tiny, name, kwargs, first):
+        models = []
+        for form in ('experts', 'mean'):
+            model = tiny(name, **kwargs)
+            torch.manual_seed(1)
+            models.append(ewa.to_moe(model, init='independent', form=form))
+        (_, published), (_, layer) = (next(moe_layers(model)) for model in models)
+        for expert, expected in zip(layer.experts, published.experts):
+            for key, p in expert.named_parameters():
+                torch.testing.assert_close(p, expected.get_parameter(key))
 
 
 @pytest.mark.parametrize('layers, expected', [
@@ -241,6 +267,10 @@ ERRORS = [
     (dict(router='topk', expert_ratio=1 / 3), 'does not divide the hidden width 128'),
     (dict(num_shared=1), "router='random' has neither shared nor fine-grained"),
     (dict(expert_ratio=.5), "router='random' has neither"),
+    (dict(form='median'), "form must be 'experts' or 'mean', got 'median'"),
+    (dict(form='mean', spread=-1.), 'spread must be at least 0.* got -1'),
+    (dict(form='mean', spread=0., init='independent'), "above with init='independent', got 0"),
+    (dict(form='mean', router='topk'), "form='mean' is a form of router='random', not of 'topk'"),
 ]
 
 

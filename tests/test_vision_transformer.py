@@ -140,6 +140,7 @@ class TestPretrained:
     @pytest.mark.parametrize('form', ['file', 'state_dict'])
     @pytest.mark.parametrize('name, kwargs', [
         ('vit_tiny_ewa', dict(num_experts=3, layers=[0, 3])),
+        ('vit_tiny_ewa', dict(num_experts=3, layers=[0, 3], form='mean')),
         ('vit_tiny_moe', dict(num_experts=5, num_shared=1, expert_ratio=.5)),
     ])
     def test_moe_weights_go_where_they_belong(self, tiny, images, tmp_path, name, kwargs, form):
@@ -149,6 +150,20 @@ class TestPretrained:
         overlay = {form: weights, 'num_classes': 10}
         model = tiny(name, seed=3, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
         assert all(torch.equal(value, model.state_dict()[key]) for key, value in source.state_dict().items())
+        assert torch.equal(model(images), source(images))
+
+    @pytest.mark.parametrize('form', ['experts', 'mean'])
+    def test_folders_of_either_form_load_as_what_they_are(self, tiny, images, tmp_path, form):
+        source = trained(tiny('vit_tiny_ewa', form=form, spread=.7))
+        write_folder(source, tmp_path / 'out')
+        model = ewa.load(tmp_path / 'out').eval()
+        assert repr(model) == repr(source) and torch.equal(model(images), source(images))
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in source.state_dict().items())
+
+    def test_weights_of_an_unnamed_form_tell_it_themselves(self, tiny, images):
+        source = trained(tiny('vit_tiny_ewa', form='mean'))
+        overlay = dict(state_dict=source.state_dict(), num_classes=10)
+        model = tiny('vit_tiny_ewa', seed=3, pretrained=True, pretrained_cfg_overlay=overlay).eval()
         assert torch.equal(model(images), source(images))
 
     def test_a_checkpoint_file_of_moe_weights(self, tiny, images, tmp_path):
@@ -164,6 +179,7 @@ class TestPretrained:
         (dict(layers=[1]), 'experts in blocks.1.mlp, blocks.3.mlp, the model in blocks.1.mlp: layers differs'),
         (dict(layers=[0, 2]), 'blocks.0.mlp'),
         (dict(router='topk'), 'router'),
+        (dict(form='mean'), 'blocks.1.mlp: .* form'),
     ])
     def test_weights_of_another_moe_are_refused(self, tiny, tmp_path, kwargs, message):
         write_folder(tiny('vit_tiny_ewa'), tmp_path / 'out')
