@@ -131,8 +131,9 @@ def _create(
     if given_layers:
         if moe_args.get('init') == 'auto':
             del moe_args['init']  # was a choice in version 0.1.0, and is written in folders of that time
-        # model folders of versions that had one form do not name it
-        moe_args.setdefault('form', next(iter(given_layers.values())))
+        if moe_args.get('router', 'random') == 'random':
+            # folders of versions that had one form do not name it
+            moe_args.setdefault('form', next(iter(given_layers.values())))
     if weights is not None:
         if moe_weights:
             with torch.device('meta'):

@@ -6,7 +6,7 @@ and the slower FFNs as an optimizer of `train.main`. So all else stays the same 
 Axis legend: `B` images, `N` tokens of an image, `D` width, `E` experts.
 """
 from functools import partial
-from typing import Any, Dict, Iterable, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Tuple
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -16,7 +16,7 @@ from torch.func import functional_call
 from ewa.averaging import RatePolicy
 from ewa.diagnostics import distances_to_mean
 from ewa.ffn import find_ffns
-from ewa.moe import MoELayer, RandomPartitionMoE, mean_state, register_router
+from ewa.moe import MeanFormMoE, MoELayer, RandomPartitionMoE, mean_state, pulled, register_router
 from ewa.partition import random_partition
 from ewa.pull import max_share_rate
 
@@ -44,6 +44,33 @@ class FusedMoE(RandomPartitionMoE):
         return functional_call(self.experts[0], mean_state(self.experts), (x,))
 
 
+class RandomSignsMoE(MeanFormMoE):
+    """The mean form with deviations of the size that training gives them, and no direction.
+
+    In each pass the deviations of all experts are multiplied by one random sign a weight; the gradients are those
+    without signs, so that deviations grow as they do in the mean form.
+    """
+
+    def expert_states(self) -> List[Dict[str, Tensor]]:
+        states = super().expert_states()
+        for key, m in self.mean.named_parameters():
+            flip = torch.randint(0, 2, m.shape, device=m.device)  # 1 where the sign turns
+            for state in states:
+                state[key] = state[key] - (2 * flip * (state[key] - m)).detach()
+        return states
+
+
+class OneExpertMoE(MeanFormMoE):
+    """The mean form without partition: all tokens of a batch pass through one expert, drawn in each layer and pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., D) -> (..., D)`."""
+        if not self.training:
+            return super().forward(x)
+        experts = self.expert_functions()
+        return experts[int(torch.randint(len(experts), ()))](x)
+
+
 class LearnedFusionMoE(RandomPartitionMoE):
     """Weight fusion with one learned coefficient an expert, a softmax over `E` scores that start equal."""
 
@@ -67,7 +94,7 @@ def bounded_share_rate(bound: float) -> RatePolicy:
     """
     def policy(layer: MoELayer, t: int) -> float:
         distance = distances_to_mean(layer)['']
-        return max_share_rate(len(layer.experts)) * (1 - bound / distance) if distance > bound else 0.
+        return max_share_rate(len(pulled(layer))) * (1 - bound / distance) if distance > bound else 0.
 
     return policy
 
@@ -88,7 +115,11 @@ def slow_ffns(model: nn.Module, scale: float, **kwargs) -> torch.optim.Optimizer
     return optimizer
 
 
-LAYERS = {'whole images': ImagePartitionMoE, 'static fusion': FusedMoE, 'learned fusion': LearnedFusionMoE}
+LAYERS: Dict[str, Callable[..., nn.Module]] = {
+    'whole images': ImagePartitionMoE, 'static fusion': FusedMoE, 'learned fusion': LearnedFusionMoE}
+for spread in (0.3, 1.):
+    LAYERS[f'random signs {spread:g}'] = partial(RandomSignsMoE, spread=spread)
+    LAYERS[f'one expert a batch {spread:g}'] = partial(OneExpertMoE, spread=spread)
 for name, layer in LAYERS.items():
     register_router(name.replace(' ', '-'), layer)
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 import ewa
 from ewa.data import Wrapper
-from ewa.moe import RandomPartitionMoE, moe_layers
+from ewa.moe import MeanFormMoE, RandomPartitionMoE, moe_layers
 
 
 class Memory(Wrapper):
@@ -91,7 +91,7 @@ def score(folder: Path, test: Path, trained_on: Optional[Path] = None) -> Dict[s
     images, labels = tensors(test, config)
     logits = predict(model, images)
     result = dict(test=metrics(logits, labels))
-    layers = [module for module in model.modules() if type(module) is RandomPartitionMoE]
+    layers = [module for module in model.modules() if type(module) in (RandomPartitionMoE, MeanFormMoE)]
     if layers and len(layers) == len(list(moe_layers(model))):
         result['dense'] = metrics(logits[::4], labels[::4])
         torch.manual_seed(0)

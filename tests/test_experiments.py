@@ -9,10 +9,13 @@ from torch import nn
 
 import ewa
 from ewa.diagnostics import distances_to_mean
-from ewa.moe import moe_layers
+from ewa.exporting import write_folder
+from ewa.moe import MeanFormMoE, moe_layers
 from ewa.options import convert_parser, train_parser
 from experiments import runner, setting, studies
-from experiments.baselines import LAYERS, FusedMoE, ImagePartitionMoE, LearnedFusionMoE, baseline, slow_ffns
+from experiments.baselines import (
+    LAYERS, FusedMoE, ImagePartitionMoE, LearnedFusionMoE, OneExpertMoE, RandomSignsMoE, baseline, slow_ffns,
+)
 from experiments.data import subset
 from experiments.runner import Run, arguments, read_results, record, run_stage
 from experiments.scoring import Memory, metrics, score
@@ -94,6 +97,45 @@ def test_learned_fusion_of_copies_has_nothing_to_learn():
     assert layer.scores.grad.abs().max() < 1e-4
 
 
+def test_random_signs_keep_size_and_gradients_of_deviations():
+    layer = RandomSignsMoE(experts(4), spread=0.3).train()
+    plain = MeanFormMoE.expert_states(layer)
+    torch.manual_seed(2)
+    states = layer.expert_states()
+    for key, m in layer.mean.named_parameters():
+        before, after = (torch.stack([state[key] for state in found]) - m for found in (plain, states))
+        assert torch.allclose(before.abs(), after.abs(), atol=1e-6)
+        signs = (before * after).sign().detach()
+        assert (signs == signs[0]).all() and 0 < (signs[0] > 0).float().mean() < 1
+        assert torch.allclose(after.mean(0), torch.zeros_like(m), atol=1e-6)
+    # as without signs: s times what an expert gets, centred
+    torch.stack([state['fc1.weight'].sum() * i for i, state in enumerate(states)]).sum().backward()
+    for i, deviation in enumerate(layer.deviations):
+        assert torch.allclose(deviation.fc1.weight.grad, torch.full((16, 8), 0.3 * (i - 1.5)), atol=1e-6)
+    assert torch.allclose(layer.mean.fc1.weight.grad, torch.full((16, 8), 6.))
+
+
+def test_one_expert_takes_the_whole_batch():
+    layer, x = OneExpertMoE(experts(4), spread=1.).train(), torch.randn(2, 5, 8)
+    outputs = [expert(x) for expert in layer.experts]
+    seen = set()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        out = layer(x)
+        seen.add(next(i for i, expected in enumerate(outputs) if torch.allclose(out, expected, atol=1e-5)))
+    assert seen == {0, 1, 2, 3}
+    assert torch.equal(layer.eval()(x), layer.mean(x))
+
+
+@pytest.mark.parametrize('name', ['random signs 0.3', 'one expert a batch 1'])
+def test_controls_of_the_mean_form_are_saved_and_loaded(name, tmp_path):
+    model = ewa.to_moe(vit(), 4, layers='all', router=baseline(name)[0]['router']).eval()
+    write_folder(model, tmp_path / 'out')
+    loaded = ewa.load(tmp_path / 'out').eval()
+    x = torch.randn(2, 1, 28, 28)
+    assert repr(loaded) == repr(model) and torch.equal(loaded(x), model(x))
+
+
 @pytest.mark.parametrize('bound', [0.05, 0.3])
 def test_bound_holds_exactly_and_keeps_the_mean(bound):
     model = ewa.to_moe(vit(), 4, layers='all', init='independent')
@@ -129,7 +171,7 @@ def test_baselines_enter_as_routers_policies_and_optimizers():
     for name, layer in LAYERS.items():
         flags, seams = baseline(name)
         args = train_parser().parse_args(arguments(flags))
-        assert type(next(moe_layers(ewa.to_moe(vit(), 2, router=args.router)))[1]) is layer
+        assert type(next(moe_layers(ewa.to_moe(vit(), 2, router=args.router)))[1]) is getattr(layer, 'func', layer)
         assert not seams
     assert baseline('FFN lr 0.5')[1]['create_optimizer'].keywords == {'scale': 0.5}
     assert baseline('') == ({}, {})
@@ -217,7 +259,8 @@ def test_every_run_of_a_study_is_a_command_line_of_the_scripts(study, name, gpu,
     data.mkdir()
     for split in ('train', 'val', 'test'):
         subset(MINI / 'val.tar', None, data / f'{split}.tar')
-    for module in (studies.tune, studies.main):
+    monkeypatch.setattr(studies.mean, 'best', lambda *_: (0.1, 0.3))
+    for module in (studies.tune, studies.main, studies.mean):
         monkeypatch.setattr(module, 'chosen', lambda *_: {'lr': 0.1, 'weight-decay': 0.2, 'drop-path': 0.3})
     monkeypatch.setattr(studies.gathering, 'best_rate', lambda *_: 0.1)
     for module in (setting, studies.finetune, studies.gathering):

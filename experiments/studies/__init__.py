@@ -1,12 +1,16 @@
-"""The studies, one a file; the only list of them. `main` needs the results of `tune`, `gathering` those of `whole`."""
+"""The studies, one a file; the only list of them.
+
+`main` and `mean` need the results of `tune`, `gathering` those of `whole`.
+"""
 from typing import Dict
 
 from ..setting import Study
-from . import bounded, finetune, gated, gathering, main, share_rate, tune, whole
+from . import bounded, finetune, gated, gathering, main, mean, share_rate, tune, whole
 
 STUDIES: Dict[str, Study] = {
     'tune': tune.STUDY,
     'main': main.STUDY,
+    'mean': mean.STUDY,
     'share_rate': share_rate.STUDY,
     'bounded': bounded.STUDY,
     'finetune': finetune.STUDY,

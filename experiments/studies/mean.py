@@ -1,0 +1,106 @@
+"""EWA in mean coordinates (`form='mean'`) against a dense model with the same flags, and what it is that acts."""
+from typing import Iterator, List, Sequence, Tuple
+
+from ..runner import Run, read_results
+from ..setting import EWA, Flags, Notes, Setting, Study
+from ..tables import Lines, by_seed, mean_se, paired, provenance, scored, select, table, unique, with_interval
+from .tune import chosen
+
+SEARCH = tuple((rate, spread) for spread in (0.3, 1.) for rate in (0.1, 0.01, 0.3))
+CONTROLS = ('random signs', 'one expert a batch')
+
+
+def mean_form(rate: float, spread: float) -> Flags:
+    """Flags of `train.py` for experts in all blocks in mean form."""
+    return dict(EWA, **{'expert-form': 'mean', 'share-rate': rate, 'spread': spread})
+
+
+def best(s: Setting) -> Tuple[float, float]:
+    """Share rate and spread with the best validation top-1 in the search; equal ones are told apart by the loss."""
+    lines = select(read_results(s.study('mean')), variant='search')
+    if not lines:
+        raise ValueError(f'no search in results/{s.study("mean")}.jsonl: the first stage of the study makes it')
+    line = max(lines, key=lambda line: (line['last']['eval_top1'], -line['last']['eval_loss']))
+    return line['labels']['rate'], line['labels']['spread']
+
+
+def runs(s: Setting) -> Iterator[List[Run]]:
+    """Share rate and spread by validation, six runs; then the best one and two controls, all at the dense flags."""
+    short, long = s.lengths
+    flags = chosen(s, 'dense', long, 2)
+    yield [s.train(f'search-{rate:g}-{spread:g}', dict(variant='search', rate=rate, spread=spread, seed=100),
+                   s.size, long, **mean_form(rate, spread), **flags) for rate, spread in SEARCH]
+    rate, spread = best(s)
+
+    def compared(size: int, epochs: int, flags: Flags, variants: Sequence[str]) -> List[Run]:
+        result = []
+        for seed in range(s.seeds or 5):
+            for variant in variants:
+                form: Flags = {} if variant == 'dense' else mean_form(rate, spread)
+                control = f'{variant} {form.pop("spread"):g}' if variant in CONTROLS else ''
+                if control:
+                    form.pop('expert-form')
+                labels = dict(variant=variant, seed=seed)
+                if form:
+                    labels.update(rate=rate, spread=spread)
+                result.append(s.train(variant, labels, size, epochs, control, **form, **flags))
+        return result
+
+    yield compared(s.size, long, flags, ('dense', 'mean form'))
+    yield compared(s.size, long, flags, CONTROLS)
+    yield compared(s.size * 4, long // 2, flags, ('dense', 'mean form'))
+    yield compared(s.size, short, chosen(s, 'dense', short, 2), ('dense', 'mean form'))
+
+
+def tables(lines: Lines, name: str) -> str:
+    """The search, then paired differences to dense."""
+    search = select(lines, variant='search')
+    spreads = sorted(unique(search, 'spread'))
+    rows = []
+    for rate in sorted(unique(search, 'rate')):
+        row = [f'{rate:g}']
+        for spread in spreads:
+            row += [f'{line["last"]["eval_top1"]:.2f} / {line["last"]["eval_loss"]:.3f}'
+                    for line in select(search, rate=rate, spread=spread)] or ['']
+        rows.append(row)
+    parts = ['Validation top-1 / NLL over share rate and spread, one seed:', '',
+             table(('share rate', *(f'spread {spread:g}' for spread in spreads)), rows)]
+    compared = [line for line in lines if line['labels']['variant'] != 'search']
+    rows = []
+    cells = list(dict.fromkeys((line['labels']['images'], line['labels']['epochs']) for line in compared))
+    for images, epochs in cells:
+        groups = {variant: select(compared, images=images, epochs=epochs, variant=variant)
+                  for variant in unique(compared, 'variant')}
+        for variant, group in groups.items():
+            if not group:
+                continue
+            row = [f'{images:,} x {epochs}', variant, str(len(group))]
+            for key, digits in (('top1', 2), ('nll', 3)):
+                scores = by_seed(group, scored(key))
+                differences = paired(scores, by_seed(groups['dense'], scored(key)))
+                row += [mean_se(list(scores.values()), digits),
+                        '' if variant == 'dense' else with_interval(differences, digits)]
+            rows.append(row)
+    if rows:
+        header = ('cell', 'variant', 'seeds', 'top-1', 'to dense', 'NLL', 'to dense')
+        parts += ['', 'Share rate and spread chosen above; 95 % intervals (Student, over seeds):', '',
+                  table(header, rows)]
+    return '\n'.join([*parts, '', provenance(lines)])
+
+
+STUDY = Study(
+    question='In mean coordinates, is EWA nowhere worse than a dense model, and what of it acts?',
+    cost='46 runs, 1.2 hours (without the large size: 0.8)',
+    runs=runs,
+    tables=tables,
+    setup="""
+Form `mean`: the mean FFN and four deviations, in all blocks ([EWA](../../docs/ewa.md#mean-form)). Learning rate and
+weight decay are those of the dense model in `tune`; share rate and spread are from six runs, by validation. "Random
+signs": at each pass the deviations of each layer are multiplied by random signs, one for each weight and the same for
+all experts, and trained as if they were not. "One expert a batch": all tokens of a batch go through one random expert
+of each layer. Dense models were trained here again, on the same machine.
+""",
+    notes=dict(
+        fashion=Notes(title='Fashion-MNIST'),
+        glyphs=Notes(title='glyphs'),
+    ))
