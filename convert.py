@@ -181,7 +181,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     best = args.method
     scores = compare(model, dense, batches, device) if batches is not None else {}
     if args.method == 'all':
-        best = max(scores, key=scores.get)
+        best = max(scores, key=lambda method: scores[method])
         print(f'Recommended: {best}, the highest top-1 right after gathering. It is what is written now; '
               f'distillation (train.py --teacher) can change the order.')
     try:

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -35,8 +35,20 @@ from torch.utils.data import DataLoader, IterableDataset
 import ewa
 from ewa import checkpoint as ckpt
 from ewa.averaging import RatePolicy
-from ewa.data import EpochLength, SeededDataset, check_classes, class_names, epoch_length, eval_loader, make_mixup, \
-    open_dataset, preparation, seed_all, set_epoch, train_loader
+from ewa.data import (
+    EpochLength,
+    SeededDataset,
+    check_classes,
+    class_names,
+    epoch_length,
+    eval_loader,
+    make_mixup,
+    open_dataset,
+    preparation,
+    seed_all,
+    set_epoch,
+    train_loader,
+)
 from ewa.distillation import TeacherView, check_weights, distillation_task, forward_flops
 from ewa.foreign import foreign
 from ewa.logbook import Logbook, say
@@ -228,7 +240,7 @@ def prepare(run: Run, accelerator: Accelerator) -> None:
         run.ema = ModelEmaV3(run.plain_model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
     if run.resume_from is not None:
         ckpt.load_checkpoint(accelerator, run.resume_from)
-        if run.averager is not None:
+        if run.averager is not None and state.averager is not None:
             run.averager.load_state_dict(state.averager)
         if run.ema is not None:
             with foreign(f'The EMA weights of {run.resume_from} do not fit'):
@@ -246,8 +258,8 @@ def introduction(run: Run, accelerator: Accelerator) -> str:
     moe = [layer for _, layer in moe_layers(run.plain_model)]
     rate = f'share rate {args.share_rate:g}' if args.share_rate is not None else 'share rate by a policy'
     experts = f'{len(pulled(moe[0]))} experts in {len(moe)} FFNs, {rate}' if moe else 'dense'
-    counts = ['?' if isinstance(batches.dataset, IterableDataset) else len(batches.dataset)
-              for batches in (run.train_batches, run.val_batches)]
+    sets: List[Any] = [run.train_batches.dataset, run.val_batches.dataset]
+    counts = ['?' if isinstance(images, IterableDataset) else len(images) for images in sets]
     return (
         f'{args.model}: {sum(p.numel() for p in run.plain_model.parameters()) / 1e6:.2f} M parameters, {experts}. '
         f'{counts[0]} training and {counts[1]} validation images of {args.num_classes} classes. '

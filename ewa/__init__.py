@@ -1,5 +1,5 @@
 """Train a Vision Transformer as a mixture of experts, ship it as a plain ViT."""
-from . import vision_transformer  # noqa: F401  registers the model names
+from . import vision_transformer
 from .averaging import ExpertAverager
 from .dense import to_dense
 from .diagnostics import diagnose

@@ -208,7 +208,7 @@ class ExpertAverager:
             ValueError: The optimizer does not hold the trainable experts of this model, or experts have weights that
                 are no plain parameters.
         """
-        if self._is_attached():
+        if self.is_attached():
             raise RuntimeError('This ExpertAverager is attached already; call .remove() on its handle first.')
         inner = getattr(optimizer, 'optimizer', None)
         if isinstance(inner, Optimizer):
@@ -222,7 +222,7 @@ class ExpertAverager:
         held = {id(p) for group in optimizer.param_groups for p in group['params']}
         for name, layer in moe_layers(self.model):
             other = _ATTACHED.get(layer, lambda: None)()
-            if other is not None and other._is_attached():
+            if other is not None and other.is_attached():
                 raise RuntimeError(
                     f'Another ExpertAverager pulls {name} already, the experts would be pulled twice a step: call '
                     f'.remove() on its handle first.')
@@ -230,16 +230,17 @@ class ExpertAverager:
             missing = sum(id(p) not in held for p in trained)
             if missing:
                 raise ValueError(
-                    f'The optimizer holds {len(trained) - missing} of the {len(trained)} trainable expert parameters of '
-                    f'{name}: make it after ewa.to_moe, from the parameters of this model. (Of several optimizers that '
-                    f'share the model none is attached to: call averager.step() after their steps.)')
+                    f'The optimizer holds {len(trained) - missing} of the {len(trained)} trainable expert parameters '
+                    f'of {name}: make it after ewa.to_moe, from the parameters of this model. (Where several '
+                    f'optimizers share a model, call averager.step() after their steps instead.)')
         before = optimizer.register_step_pre_hook(self._before_step)
         self._handle = _Handle(optimizer.register_step_post_hook(self._after_step), before)
         for _, layer in moe_layers(self.model):
             _ATTACHED[layer] = weakref.ref(self)
         return self._handle
 
-    def _is_attached(self) -> bool:
+    def is_attached(self) -> bool:
+        """Whether it pulls after the steps of an optimizer."""
         return self._handle is not None and self._handle.id in (self._handle.hooks_dict_ref() or {})
 
     def _before_step(self, optimizer: Optimizer, args, kwargs) -> None:
@@ -267,7 +268,8 @@ class ExpertAverager:
                     if (value - parameter).norm() < 0.5 * parameter.norm():
                         warnings.warn(
                             f'{type(optimizer).__name__} keeps a copy of the weights of {name} (its state {key!r}): it '
-                            f'may undo what the averager pulls. Use an optimizer without weights of its own.')
+                            f'may undo what the averager pulls. Use an optimizer without weights of its own.',
+                            stacklevel=2)
                         return
 
     def state_dict(self) -> Dict[str, int]:

@@ -2,6 +2,7 @@
 
 Axis legend: `T` tokens, `D` width, `E` experts, `k` experts a token is sent to.
 """
+from contextlib import suppress
 from typing import Dict, Iterable, List, Tuple
 
 import torch
@@ -171,10 +172,8 @@ def layer_tokens(
     try:
         for batch in batches:
             size = len(batch)
-            try:
+            with suppress(_Reached):
                 model(batch.to(device))
-            except _Reached:
-                pass
     finally:
         handle.remove()
     inputs, outputs = torch.cat([x for x, _ in kept]), torch.cat([y for _, y in kept])

@@ -1,7 +1,8 @@
 """Checkpoints of a run: written whole or not at all, found again, and checked when they are read.
 
-Layout: `EXPERIMENT/checkpoints/update-00001234/` holds what `accelerator.save_state` writes, `state.json` (a `RunState`)
-and `ema.safetensors`. A folder with that name is complete: it is written under another name, synced, and renamed.
+Layout: `EXPERIMENT/checkpoints/update-00001234/` holds what `accelerator.save_state` writes, `state.json` (a
+`RunState`) and `ema.safetensors`. A folder with that name is complete: it is written under another name, synced, and
+renamed.
 
 Random numbers are not part of a checkpoint. They are drawn from streams that are seeded from their place in the run
 (`ewa.data.seed_all`: every image from seed, epoch and index; every micro-batch from seed, rank, epoch and batch), so a
@@ -30,7 +31,7 @@ if TYPE_CHECKING:  # models are read from checkpoints also where nobody trains
 _NAME = re.compile(r'update-(\d{8,})')
 # flags that a run can't change on its way: what they make is part of a checkpoint
 FLAGS = ('opt', 'weight_decay', 'layer_decay', 'model_ema', 'torchcompile', 'eval_metric')
-_INSIDE = {  # what must be in the dictionaries of a `RunState`
+_INSIDE: Dict[str, Dict[str, type]] = {  # what must be in the dictionaries of a `RunState`
     'model': {'architecture': str},
     'best': {'value': float, 'epoch': int, 'weights': str},
     'averager': {'steps': int, 'pulls': int},
@@ -51,7 +52,7 @@ class RunState:
         images: Training images seen by all processes.
         seconds: Time spent on training epochs.
         pflops: 1e15 floating-point operations of training, the teacher's included.
-        best: Value of `--eval-metric`, epoch (from 1), weights (`'model'` or `'EMA'`) and all metrics of the best epoch.
+        best: Value of `--eval-metric`, epoch (from 1), weights (`'model'` or `'EMA'`), all metrics of the best epoch.
         provenance: What is written into model folders about their training.
         averager: Position of the `ExpertAverager`; None for a dense model.
     """
@@ -158,7 +159,8 @@ def resume_point(experiment: Path, resuming: bool, named: bool) -> Optional[Path
     if resuming:
         if not named:
             raise ValueError('--resume needs --experiment NAME, the run to go on with.')
-        return (checkpoints(experiment) or [None])[-1]
+        found = checkpoints(experiment)
+        return found[-1] if found else None
     if experiment.exists() and (not experiment.is_dir() or any(experiment.iterdir())):
         raise ValueError(f'{experiment} exists: give another --experiment, or --resume to go on with it.')
     return None

@@ -20,6 +20,8 @@ from torchvision.transforms import Compose
 
 from .foreign import foreign
 
+# a Dataset whose `transform` can be set, perhaps with a length and `classes`, of which torch's type knows nothing
+ImageSet = Any
 _KINDS = ('', 'torch', 'hfds', 'hfids', 'wds', 'tfds')
 _SYNONYMS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'))
 
@@ -37,7 +39,7 @@ def _check_folder(root: str, split: str) -> None:
             f'val/, or name the splits with --train-split and --val-split.')
 
 
-def open_dataset(args: argparse.Namespace, split: str, is_training: bool, in_chans: int = 3) -> Dataset:
+def open_dataset(args: argparse.Namespace, split: str, is_training: bool, in_chans: int = 3) -> ImageSet:
     """timm's `create_dataset` for the data options of a script.
 
     Raises:
@@ -61,11 +63,11 @@ def open_dataset(args: argparse.Namespace, split: str, is_training: bool, in_cha
     if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
         raise ValueError(f'The split {split} of --data-dir {args.data_dir} has no images.')
     if kind == 'torch':
-        dataset = _ImgMode(dataset, args.input_img_mode or ('L' if in_chans == 1 else 'RGB'))
+        return _ImgMode(dataset, args.input_img_mode or ('L' if in_chans == 1 else 'RGB'))
     return dataset
 
 
-def class_names(dataset: Dataset) -> Optional[List[str]]:
+def class_names(dataset: ImageSet) -> Optional[List[str]]:
     """Names of the classes in the order of their labels, or None if the data set does not know them."""
     if isinstance(dataset, Wrapper):
         return class_names(dataset.dataset)
@@ -77,10 +79,11 @@ def class_names(dataset: Dataset) -> Optional[List[str]]:
         return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
     features = getattr(getattr(reader, 'dataset', None), 'features', None)  # Hugging Face data sets
     label = (features or {}).get(getattr(reader, 'label_key', ''))
-    return list(label.names) if hasattr(label, 'names') else None
+    names = getattr(label, 'names', None)
+    return None if names is None else list(names)
 
 
-def check_classes(train: Dataset, val: Dataset, num_classes: Optional[int]) -> int:
+def check_classes(train: ImageSet, val: ImageSet, num_classes: Optional[int]) -> int:
     """The number of classes of two splits that agree.
 
     Raises:
@@ -107,7 +110,7 @@ def check_classes(train: Dataset, val: Dataset, num_classes: Optional[int]) -> i
 class Wrapper(Dataset):
     """A data set over another one; the transform is the inner one's."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: ImageSet) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -136,11 +139,15 @@ class _Convert:
 class _ImgMode(Wrapper):
     """torchvision's data sets know no image mode: convert before the transform."""
 
-    def __init__(self, dataset: Dataset, mode: str) -> None:
+    def __init__(self, dataset: ImageSet, mode: str) -> None:
         super().__init__(dataset)
         self.mode = mode
 
-    @Wrapper.transform.setter
+    @property
+    def transform(self):
+        return self.dataset.transform
+
+    @transform.setter
     def transform(self, transform) -> None:
         self.dataset.transform = Compose([_Convert(self.mode), transform])
 
@@ -151,7 +158,7 @@ class SeededDataset(Wrapper):
     So it does not matter which worker loads an image, or what was loaded before: a resumed run sees the same pixels.
     """
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
+    def __init__(self, dataset: ImageSet, seed: int) -> None:
         super().__init__(dataset)
         self.seed = seed
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers outlive an epoch
@@ -189,7 +196,7 @@ def preparation(model: nn.Module, args: argparse.Namespace) -> Dict[str, Any]:
         return resolve_input_data_config(model, vars(args))
 
 
-def train_loader(dataset: Dataset, args: argparse.Namespace, data_config: Dict[str, Any]) -> DataLoader:
+def train_loader(dataset: ImageSet, args: argparse.Namespace, data_config: Dict[str, Any]) -> DataLoader:
     """timm's training loader with the augmentation flags; complete batches only.
 
     Raises:
@@ -226,7 +233,7 @@ def train_loader(dataset: Dataset, args: argparse.Namespace, data_config: Dict[s
         )
 
 
-def eval_loader(dataset: Dataset, args: argparse.Namespace, data_config: Dict[str, Any]) -> DataLoader:
+def eval_loader(dataset: ImageSet, args: argparse.Namespace, data_config: Dict[str, Any]) -> DataLoader:
     """timm's validation loader.
 
     Raises:
@@ -275,10 +282,11 @@ def epoch_length(loader: DataLoader, args: argparse.Namespace, num_processes: in
         ValueError: There is not one batch for each process, or the micro-batches of an iterable data set do not add up
             to whole updates.
     """
-    iterable = isinstance(loader.dataset, IterableDataset)
-    if not iterable and len(loader.dataset) < args.batch_size * num_processes:
+    dataset: ImageSet = loader.dataset
+    iterable = isinstance(dataset, IterableDataset)
+    if not iterable and len(dataset) < args.batch_size * num_processes:
         raise ValueError(
-            f'{len(loader.dataset)} training images do not fill one batch of --batch-size {args.batch_size} on '
+            f'{len(dataset)} training images do not fill one batch of --batch-size {args.batch_size} on '
             f'{num_processes} process(es).')
     batches = len(loader) if iterable else len(loader) // num_processes
     left_over = batches % args.grad_accum_steps
@@ -312,7 +320,7 @@ def make_mixup(args: argparse.Namespace, num_classes: int) -> Optional[Mixup]:
             label_smoothing=args.smoothing, num_classes=num_classes)
 
 
-def calibration_batches(dataset: Dataset, args: argparse.Namespace, data_config: Dict[str, Any]) -> List[Tensor]:
+def calibration_batches(dataset: ImageSet, args: argparse.Namespace, data_config: Dict[str, Any]) -> List[Tensor]:
     """`--calibration-images` images, spread evenly over a data set and prepared as for validation, in batches."""
     if isinstance(dataset, IterableDataset):
         loader = eval_loader(dataset, args, data_config)

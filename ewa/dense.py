@@ -44,15 +44,16 @@ def to_dense(
     Args:
         model: A MoE model: of `ewa.to_moe`, or any whose MoE layers have `experts` (and `router`, `shared`).
         method: `'refit'` (hidden units chosen and fc2 solved so that each FFN computes what its layer does; the one
-            for gated models where there are images), `'average'`, `'sum'`, `'top_kg'`, `'svd_kg'` (OneS, arXiv 2201.10890), `'usage'` (average weighted by
-            tokens), `'aligned'` (hidden units permuted to match, then average), `'prune'` (the best expert), `'do_acp'`
-            (arXiv 2605.28207). See `ewa.gathering`.
+            for gated models where there are images), `'average'`, `'sum'`, `'top_kg'`, `'svd_kg'` (OneS, arXiv
+            2201.10890), `'usage'` (average weighted by tokens), `'aligned'` (hidden units permuted to match, then
+            average), `'prune'` (the best expert), `'do_acp'` (arXiv 2605.28207). See `ewa.gathering`.
         batches: Calibration images for refit, usage, prune and do_acp: batches of images, or tuples that start with
             one. Refit keeps them; some hundreds are enough.
         k: Routed experts kept. Default: as many as make the vanilla hidden width, `H/h - S`. Another width is
             possible where all blocks have MoE layers, and becomes the host's `mlp_ratio`.
-        **options: refit: `steps`, optimizer steps for each FFN against what its layer computes, and `ridge`. sum, top_kg, svd_kg: `rescale` (see `ewa.gathering`). aligned: `reference`, index of an expert.
-            prune: `score`, `'usage'` (tokens) or `'norm'` (mean of gate times output norm). do_acp: `lam`.
+        **options: refit: `steps`, optimizer steps for each FFN against what its layer computes, and `ridge`. sum,
+            top_kg, svd_kg: `rescale` (see `ewa.gathering`). aligned: `reference`, index of an expert. prune:
+            `score`, `'usage'` (tokens) or `'norm'` (mean of gate times output norm). do_acp: `lam`.
 
     Returns:
         A model on the device of the input; `conversion` on it records what was done.
@@ -95,10 +96,11 @@ def to_dense(
     ffns: Dict[str, nn.Module] = {}
     statistics: Dict[str, ExpertStatistics] = {}
     fitted: Dict[str, Any] = {}
-    if how.kind == 'fit':
+    if how.kind == 'fit' and batches is not None:
         ffns, fitted = refit_layers(model, layers, batches, k, **options)
     else:
-        statistics = measure_statistics(model, batches) if needs_data else {}
+        if needs_data and batches is not None:
+            statistics = measure_statistics(model, batches)
         for name, layer in layers.items():
             try:
                 ffns[name] = gather_layer(layer, how, statistics.get(name), k, options)
@@ -149,7 +151,7 @@ def gather_layer(
 
     def merged(group: List[int]) -> FFNWeights:
         members = [experts[i] for i in group]
-        if method.needs_data:
+        if method.needs_data and statistics is not None:
             return method.function(members, statistics.counts[group], **options)
         return method.function(members, **options)
 
@@ -164,13 +166,13 @@ def gather_layer(
         raise ValueError(
             f'{k} routed experts can\'t be kept of {len(experts)}, beside {len(shared)} shared ones at 1/{cut} of '
             f'the hidden width: give k between 1 and {len(experts)} (where all blocks have MoE layers).')
-    mass = 1. if renormalises(layer) else statistics.mass
+    mass = 1. if renormalises(layer) or statistics is None else statistics.mass
     if method.kind == 'select':
         parts = [experts[i] for i in method.function(statistics, k, **options)]
         scales = [mass / k] * k
     else:
         groups = group_similar(experts, k)
-        counts = statistics.counts if method.needs_data else torch.ones(len(experts))
+        counts = statistics.counts if method.needs_data and statistics is not None else torch.ones(len(experts))
         share = counts / counts.sum()
         scales = [mass * float(share[group].sum()) for group in groups]
         parts = [merged(group) for group in groups]
@@ -249,16 +251,16 @@ def _dense_hidden(layer: MoELayer, k: Optional[int]) -> int:
     for expert in [*layer.experts, *shared]:
         if not is_ffn(expert):
             raise ValueError(
-                f'refit can\'t read experts of type {type(expert).__name__}: use average, or build them of fc1 and fc2.')
-    widths = [expert.fc2.in_features for expert in layer.experts]
+                f'refit can\'t read experts of type {type(expert).__name__}: use average.')
+    widths = [read_ffn(expert).hidden for expert in layer.experts]
     if k is None:
         k = layer_pieces(layer) - len(shared)
     if not 1 <= k <= len(widths):
         raise ValueError(
-            f'{k} routed experts\' hidden units can\'t be kept of {len(widths)}, beside {len(shared)} shared experts at '
-            f'1/{layer_pieces(layer)} of the hidden width: give k between 1 and {len(widths)} (where all blocks have MoE '
-            f'layers).')
-    return sum(sorted(widths)[-k:]) + sum(expert.fc2.in_features for expert in shared)
+            f'{k} routed experts\' hidden units can\'t be kept of {len(widths)}, beside {len(shared)} shared experts '
+            f'at 1/{layer_pieces(layer)} of the hidden width: give k between 1 and {len(widths)} (where all blocks '
+            f'have MoE layers).')
+    return sum(sorted(widths)[-k:]) + sum(read_ffn(expert).hidden for expert in shared)
 
 
 def _refit_layer(layer: MoELayer, inputs: Tensor, targets: Tensor, hidden: int, ridge: float) -> nn.Module:

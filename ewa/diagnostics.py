@@ -118,7 +118,8 @@ def advise(records: List[Dict[str, Any]]) -> List[str]:
             aligned = record.get('cosine_aligned', float('nan'))  # not a number: never measured
             better = 'refit'
             if 'tokens' not in record:
-                better += f', with calibration images, or {"aligned" if aligned > 2 * ORTHOGONAL else "prune or do_acp"}'
+                other = 'aligned' if aligned > 2 * ORTHOGONAL else 'prune or do_acp'
+                better += f', with calibration images, or {other}'
             warnings.append(
                 f'{record["layer"]}: the experts are nearly orthogonal (mean cosine {record["cosine"]:.3f}, '
                 f'{aligned:.3f} aligned); their average keeps little of them. Try {better}.')

@@ -85,9 +85,10 @@ def forward_flops(model: nn.Module, image_shape: Sequence[int]) -> int:
     model.eval()
     # attention as plain matrix products: not every version of torch counts every fused kernel
     try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            with foreign(f'Images of {" x ".join(map(str, image_shape))} can\'t be taken', AssertionError, RuntimeError):
-                model(image)
+        message = f'Images of {" x ".join(map(str, image_shape))} can\'t be taken'
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, foreign(
+                message, AssertionError, RuntimeError):
+            model(image)
     finally:
         for module, mode in training.items():
             module.training = mode

@@ -121,7 +121,7 @@ def write_folder(
     new = Path(tempfile.mkdtemp(prefix=f'.{directory.name}.new-', dir=directory.parent))
     try:
         with foreign(f'{directory} can\'t be written', TypeError, RuntimeError, SafetensorError):
-            save_for_hf(model, new, model_config=extra, safe_serialization=True, data_config=data_config)
+            save_for_hf(model, str(new), model_config=extra, safe_serialization=True, data_config=data_config)
         if ema is not None:
             safetensors.torch.save_file({k: v.contiguous() for k, v in ema.items()}, new / 'ema.safetensors')
         if verify:

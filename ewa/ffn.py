@@ -77,7 +77,7 @@ def _layout(module: nn.Module) -> Optional[Layout]:
     maps = [(name, part, *size) for name, part in parts if (size := _map_size(part)) is not None]
     if not 2 <= len(maps) <= 3:
         return None
-    (*inputs, (output, last, hidden, width)) = maps
+    (*inputs, (output, _, hidden, width)) = maps
     kinds = {isinstance(getattr(part, 'base_layer', part), nn.Conv2d) for _, part, _, _ in maps}
     up = sum(size for _, _, _, size in inputs)
     # two or three coordinates are no width: perceptrons that make position biases
@@ -153,11 +153,10 @@ def is_ffn(module: nn.Module) -> bool:
 
 def find_ffns(model: nn.Module) -> Dict[str, nn.Module]:
     """Name to module of all FFNs of a model, in its order."""
-    found: Dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        # MLP-Mixer's token FFNs run over the tokens of a channel; other perceptrons make relative position biases
-        if name and not name.endswith('mlp_tokens') and 'rel_pos' not in name and layout_of(module) is not None:
-            found[name] = module
+    # MLP-Mixer's token FFNs run over the tokens of a channel; other perceptrons make relative position biases
+    found = {
+        name: module for name, module in model.named_modules()
+        if name and not name.endswith('mlp_tokens') and 'rel_pos' not in name and layout_of(module) is not None}
     # of nested ones the innermost
     return {name: ffn for name, ffn in found.items() if not any(other.startswith(f'{name}.') for other in found)}
 
@@ -213,9 +212,10 @@ def read_ffn(ffn: nn.Module) -> FFNWeights:
 
 
 def hidden_activations(ffn: nn.Module, tokens: Tensor) -> Tensor:
-    """What `fc2` of an FFN is given for tokens, (T, D) -> (T, H)."""
+    """What the output map of an FFN is given for tokens, (T, D) -> (T, H)."""
     kept: List[Tensor] = []
-    handle = ffn.fc2.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
+    output = ffn.get_submodule(_layout_to_read(ffn).output)
+    handle = output.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
     try:
         ffn(tokens)
     finally:
@@ -227,8 +227,8 @@ def build_ffn(template: nn.Module, weights: FFNWeights) -> nn.Module:
     """A new FFN of the template's type that holds the given weights; its hidden width may differ.
 
     Raises:
-        ValueError: The template is no FFN that can be read, or a norm over the hidden units stands in the way of another
-            width.
+        ValueError: The template is no FFN that can be read, or a norm over the hidden units stands in the way of
+            another width.
     """
     layout = _layout_to_read(template)
     ffn = deepcopy(template)
@@ -342,6 +342,9 @@ def _nearest_ffn(model: nn.Module) -> str:
             return f': {name} holds the two linear layers of its FFN itself; give it an FFN module of its own'
         maps = [size for child in module.children() if (size := _map_size(child)) is not None]
         attends = 'attn' in name or 'attention' in type(module).__name__.lower()
-        if name and not attends and len(maps) >= 2 and maps[0][0] == maps[-1][1] and maps[0][1] in (maps[-1][0], 2 * maps[-1][0]):
+        if not name or attends or len(maps) < 2:
+            continue
+        (width, up), (hidden, back) = maps[0], maps[-1]
+        if width == back and up in (hidden, 2 * hidden):
             return f': {name} is none, since {describe_ffn(module)}'
     return ''

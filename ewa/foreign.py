@@ -20,7 +20,9 @@ def foreign(message: str, *errors: Type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except errors or Exception as e:
+    except Exception as e:
+        if errors and not isinstance(e, errors):
+            raise
         # without the frames of this function and of the one with the `with` statement
         packages = [frame.f_globals.get('__name__', '').partition('.')[0] for frame, _ in walk_tb(e.__traceback__)][2:]
         if __package__ in packages:

@@ -62,8 +62,10 @@ def describe_width(dense: nn.Module, layers: Dict[str, MoELayer]) -> None:
             for layout in map(layout_of, pulled(layer)) if layout is not None)]
     if not changed or not name_of_timm or not is_model(name_of_timm):
         return
-    layouts = {name: layout_of(ffn) for name, ffn in find_ffns(dense).items() if block_of(name) or name in changed}
-    ratios = {name: layout.hidden / layout.width for name, layout in layouts.items() if layout is not None}
+    layouts = {
+        name: layout for name, ffn in find_ffns(dense).items()
+        if (block_of(name) or name in changed) and (layout := layout_of(ffn)) is not None}
+    ratios = {name: layout.hidden / layout.width for name, layout in layouts.items()}
     ratio = ratios[changed[0]]
     other = next((name for name in ratios if ratios[name] != ratio), None)
     if other is not None:

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, TextIO
+from typing import Any, Dict, List, Optional, TextIO, cast
 
 import torch
 import yaml
@@ -224,7 +224,8 @@ class Logbook:
                 f'({teacher_top1:.2f}) over a dense model ({dense_top1:.2f}) kept')
             self.say(f'Distilled with {state.images} images, {state.pflops:.3g} PFLOP, {state.seconds:.0f} s: '
                      f'top-1 {top1:.2f}{kept}.')
-        best, of_ema = state.best, state.best['weights'] == 'EMA'
+        best = cast(Dict[str, Any], state.best)  # the last epoch is always validated
+        of_ema = best['weights'] == 'EMA'
         self.say(f'Best {state.flags["eval_metric"]}: {best["value"]:.2f} in epoch {best["epoch"]}'
                  + ' (EMA weights)' * of_ema + '.')
         folder = self.experiment / 'best'

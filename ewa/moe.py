@@ -56,6 +56,8 @@ class MoELayer(Protocol):
 
     def register_forward_pre_hook(self, hook: Callable) -> Any: ...
 
+    def register_forward_hook(self, hook: Callable) -> Any: ...
+
 
 def is_moe(module: nn.Module) -> bool:
     """Whether a module is a MoE layer, see `MoELayer`."""
@@ -151,7 +153,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def check_plain(experts: Iterable[nn.Module]) -> None:
-    """Refuse experts whose weights are not what their parameters say, so that a mean of parameters is no mean of experts.
+    """Refuse experts whose weights are not what their parameters say: a mean of these is no mean of experts.
 
     Raises:
         ValueError: Weights that are computed from others (`torch.nn.utils.parametrize`, pruning masks, weight norm,

@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f'{self.prog}: error: {" ".join(str(message).split())}\n')
 
-    def parse_args(self, args: Optional[Sequence[str]] = None, namespace=None) -> argparse.Namespace:
+    def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
         # the file's entries become flags in front of the given ones: one set of checks, and the command line wins
         config = self._config_file(args)
@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
 
     def _nearest(self, name: str) -> str:
         flags = [flag[2:] for flag in self._option_string_actions if flag.startswith('--')]
-        close = difflib.get_close_matches(name.split('=')[0].replace('_', '-'), flags, n=1, cutoff=0.)
+        close = difflib.get_close_matches(name.split('=', maxsplit=1)[0].replace('_', '-'), flags, n=1, cutoff=0.)
         return f'; the nearest flag is --{close[0]}' if close else ''
 
     def _config_flags(self, path: str) -> List[str]:

@@ -11,8 +11,9 @@ greedily in `S`, exactly in `W` and `b`. Only means over tokens are needed, of `
 accumulated over chunks of tokens, in float64. Pure tensor functions; labels are never seen.
 
 Sources: the least squares is that of MergeMoE (https://arxiv.org/abs/2510.14436) for whole experts and of CORP
-(https://arxiv.org/abs/2602.05243), ridge with a bias, for pruned ViTs; the choice of single units is orthogonal matching
-pursuit for several outputs (Tropp, Gilbert and Strauss, Algorithms for simultaneous sparse approximation, 2006).
+(https://arxiv.org/abs/2602.05243), ridge with a bias, for pruned ViTs; the choice of single units is orthogonal
+matching pursuit for several outputs (Tropp, Gilbert and Strauss, Algorithms for simultaneous sparse approximation,
+2006).
 """
 import warnings
 from typing import Callable, List, Optional, Sequence, Tuple

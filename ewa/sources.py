@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence, Tuple, Union
 
-import safetensors.torch
 import timm
 import torch
 from timm.models import get_model_input_config, load_state_dict
@@ -135,20 +134,19 @@ def load_source(
 
 
 def _load_bare_file(path: Path, ema: bool, name: str, kwargs: Dict[str, Any]) -> nn.Module:
-    if not timm.is_model(name.split('.')[0]):
+    if not timm.is_model(name.split('.', maxsplit=1)[0]):
         raise ValueError(f'--model {name} is not a model.')
     try:
         weights = unstack(read_weights(path, ema))
         raw = unstack(read_weights(path)) if ema else {}
     except ValueError as e:
         raise ValueError(str(e) if str(path) in str(e) else f'{path}: {e}') from e
-    if ema:
-        if all(torch.equal(raw[key], value) for key, value in weights.items()):
-            raise ValueError(f'{path} has no EMA weights.')
+    if ema and all(torch.equal(raw[key], value) for key, value in weights.items()):
+        raise ValueError(f'{path} has no EMA weights.')
     if not has_experts(weights):
         raise ValueError(f'{path} has no experts: these are the weights of a dense model.')
     given = dict(kwargs)
-    cfg = timm.models.get_pretrained_cfg(kwargs.get('host') or name.split('.')[0])
+    cfg = timm.models.get_pretrained_cfg(kwargs.get('host') or name.split('.', maxsplit=1)[0])
     classifier = getattr(cfg, 'classifier', None) or ''
     classifier = weights.get(f'{classifier if isinstance(classifier, str) else classifier[0]}.weight')
     if classifier is not None:

@@ -1,8 +1,8 @@
-"""Checkpoints whose experts are stacked tensors, `(E, H, D)`, as other MoE libraries write them.
+r"""Checkpoints whose experts are stacked tensors, `(E, H, D)`, as other MoE libraries write them.
 
 Axis legend: `E` experts, `H` hidden width, `D` width.
 
-A layout is a table from a regular expression over keys to where one expert's slice goes: `\\1` is the name of the FFN
+A layout is a table from a regular expression over keys to where one expert's slice goes: `\1` is the name of the FFN
 in the host, `{e}` the number of the expert; `None` drops the key. With `transpose`, a slice `(H, D)` becomes `(D, H)`.
 To read another library's files, write such a table and pass it to `unstack`.
 """

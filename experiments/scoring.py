@@ -28,11 +28,11 @@ class Memory(Wrapper):
 
     @property
     def transform(self):
-        return self.dataset.transform  # type: ignore[attr-defined]  # timm's and torchvision's have one
+        return self.dataset.transform  # timm's and torchvision's have one
 
     @transform.setter
     def transform(self, transform) -> None:
-        self.dataset.transform = transform  # type: ignore[attr-defined]
+        self.dataset.transform = transform
         self.kept = self.every.setdefault((self.key, repr(transform)), {})
 
     def __getitem__(self, index: int):

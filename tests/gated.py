@@ -1,4 +1,4 @@
-"""Gated models for tests: experts that differ, a MoE layer that is not ours, experts whose weights are no parameters."""
+"""Gated models for tests: experts that differ, a MoE layer that is not ours, weights that are no parameters."""
 import torch
 from timm.layers import Mlp
 from torch import nn

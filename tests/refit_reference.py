@@ -19,7 +19,7 @@ def penalty(activations, ridge, bias):
 
 
 def solve(activations, targets, weight, bias):
-    """Minimise `|A W + b - Y|^2 / T + weight |W|^2` by stacking the penalty under the tokens: down (D, C), bias (D,)."""
+    """Minimise `|A W + b - Y|^2 / T + weight |W|^2` with the penalty stacked under the tokens: (D, C), (D,)."""
     matrix = problem(activations, bias) / len(activations) ** .5
     right = targets.double() / len(activations) ** .5
     rows = torch.zeros(activations.shape[1], matrix.shape[1]).double()
@@ -43,6 +43,6 @@ def select(activations, targets, count, ridge, bias):
     chosen = []
     for _ in range(count):
         others = [c for c in range(activations.shape[1]) if c not in chosen]
-        values = [objective(activations[:, chosen + [c]], targets, weight, bias) for c in others]
+        values = [objective(activations[:, [*chosen, c]], targets, weight, bias) for c in others]
         chosen.append(others[values.index(min(values))])
     return chosen

@@ -80,7 +80,9 @@ def test_experts_of_unequal_width_have_no_average_to_compare_with():
 
 @pytest.mark.parametrize('training', [True, False])
 def test_leaves_the_model_as_it_was_and_looks_at_it_in_eval(tiny, images, training):
-    make = lambda: gated(tiny(proj_drop_rate=.5, drop_path_rate=.5), top_k=1)
+    def make():
+        return gated(tiny(proj_drop_rate=.5, drop_path_rate=.5), top_k=1)
+
     model = make().train(training)
     model.blocks[0].train(not training)
     before, modes = deepcopy(model.state_dict()), [module.training for module in model.modules()]

@@ -6,8 +6,18 @@ import torch
 from accelerate import Accelerator
 
 import ewa.checkpoint
-from ewa.checkpoint import RunState, checkpoints, describe, load_checkpoint, load_ema, read_state, resume, \
-    resume_point, save_checkpoint, start
+from ewa.checkpoint import (
+    RunState,
+    checkpoints,
+    describe,
+    load_checkpoint,
+    load_ema,
+    read_state,
+    resume,
+    resume_point,
+    save_checkpoint,
+    start,
+)
 from ewa.options import train_parser
 from runs import files, reset
 
@@ -204,7 +214,8 @@ def test_damaged_tensors_are_one_line(prepared, checkpoint, file, content):
     else:
         (path / file).write_bytes(content)
     if file == 'random_states_0.pkl':  # is not needed, see above; accelerate says what it thinks of that
-        return load_checkpoint(prepared[0], path)
+        load_checkpoint(prepared[0], path)
+        return
     with pytest.raises(ValueError, match="can't be resumed, remove it to go on from the one before: ") as e:
         load_checkpoint(prepared[0], path)
     assert str(path) in str(e.value) and '\n' not in str(e.value)

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 import ewa
 from ewa.checkpoint import checkpoints
 from ewa.diagnostics import distances_to_mean
-from runs import (  # noqa: F401  fixtures among them
-    TINY, config_of, fails, files, folder, logits_and_labels, run_convert, summary, top1, trained)
+from runs import TINY, config_of, fails, files, folder, logits_and_labels, run_convert, summary, top1, trained  # noqa: F401  fixtures among them
 
 BARE = ['--model', 'vit_ewa', '--model-kwargs', *(f'{k}={v}' for k, v in TINY.items() if k != 'num_classes')]
 

@@ -30,7 +30,7 @@ def test_folder(folder):
     train, val = opened(args), opened(args, 'validation', False)  # val/ is one of its names
     assert (len(train), len(val)) == (80, 40)
     assert class_names(train) == sorted(path.name for path in (folder / 'train').iterdir())
-    assert Counter(target for _, target in train) == {i: 8 for i in range(10)}
+    assert Counter(target for _, target in train) == dict.fromkeys(range(10), 8)
     assert train[0][0].mode == 'L' and opened(args, in_chans=3)[0][0].mode == 'RGB'
     assert opened(options('--data-dir', folder, '--input-img-mode', 'RGB'))[0][0].mode == 'RGB'
 

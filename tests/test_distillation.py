@@ -194,7 +194,7 @@ def test_a_gated_model_is_gathered_and_distilled_on_the_sample(tmp_path, capsys)
     ewa.export(student, tmp_path / 'vit')
     images = torch.randn(2, 1, 28, 28)
     torch.save((images, student(images).detach()), tmp_path / 'expected.pt')
-    script = '''if True:
+    script = """if True:
         import sys
         sys.modules['ewa'] = None
         import timm, torch
@@ -202,7 +202,7 @@ def test_a_gated_model_is_gathered_and_distilled_on_the_sample(tmp_path, capsys)
         images, logits = torch.load('expected.pt')
         model = timm.create_model('local-dir:vit', pretrained=True).eval()
         assert type(model).__module__.startswith('timm.') and torch.equal(model(images), logits)
-        '''
+        """
     done = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / 'vit' / 'config.json').read_text())['num_classes'] == timm.create_model(

@@ -108,7 +108,7 @@ def test_vanilla_timm_loads_it_where_ewa_is_not_installed(tiny, images, tmp_path
         ewa.export(vit, tmp_path / name)
         expected[name] = (model(images).detach(), vit._model_args)
     torch.save((images, expected), tmp_path / 'expected.pt')
-    script = '''if True:
+    script = """if True:
         import sys
         sys.modules['ewa'] = None
         import timm, torch
@@ -121,7 +121,7 @@ def test_vanilla_timm_loads_it_where_ewa_is_not_installed(tiny, images, tmp_path
                 assert type(model).__module__.startswith('timm.')
                 assert torch.equal(model(images), logits), name
         assert not any(module.startswith('ewa.') for module in sys.modules)
-        '''
+        """
     done = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -185,7 +185,7 @@ class TestExistingFolder:
         with pytest.raises(OSError, match='no space left'):
             ewa.export(vit, out, overwrite=True)
         self.check_untouched(out, before)
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match='no space left'):
             ewa.export(vit, out.parent / 'new')
         self.check_untouched(out, before)
 

@@ -37,7 +37,8 @@ def test_blocks_in_nested_lists_are_counted_one_by_one():
 @pytest.mark.parametrize('name, block', [
     ('blocks.1.mlp', 'blocks.1'), ('layers.0.blocks.1.mlp', 'layers.0.blocks.1'), ('blocks.0.2.mlp', 'blocks.0.2'),
     ('blocks.1.ffns.0.mlp', 'blocks.1'), ('head.mlp', ''), ('mlp', ''),
-    ('encoder.layer.3.mlp', 'encoder.layer.3'), ('encoder.layers.encoder_layer_3.mlp', 'encoder.layers.encoder_layer_3'),
+    ('encoder.layer.3.mlp', 'encoder.layer.3'),
+    ('encoder.layers.encoder_layer_3.mlp', 'encoder.layers.encoder_layer_3'),
     ('features.1.0.mlp', 'features.1.0'), ('parallel_blocks.0.mlp2', 'parallel_blocks.0'), ('layers.0.1', 'layers.0'),
     ('network.0.3.mlp', 'network.0.3'), ('encoder.3.output.mlp', 'encoder.3'),
     ('blocks_token_only.0.mlp', ''), ('attn_pool.mlp', ''),
@@ -97,7 +98,8 @@ def test_ffns_are_found_by_what_they_do(module, inputs, output, norm, others):
     assert layout.channels_first == isinstance(module, timm.layers.ConvMlp)
     assert list(find_ffns(nn.Sequential(nn.Sequential(module)))) == ['0.0']  # the innermost
     if not others:
-        rebuilt = build_ffn(deepcopy(module), take(read_ffn(module), range(19, -1, -1)) if not norm else read_ffn(module))
+        weights = read_ffn(module)
+        rebuilt = build_ffn(deepcopy(module), weights if norm else take(weights, range(19, -1, -1)))
         x = torch.randn((2, 8, 3, 3) if layout.channels_first else (2, 3, 8))
         torch.testing.assert_close(rebuilt(x), module(x))
 

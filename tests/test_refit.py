@@ -1,10 +1,10 @@
 import warnings
 
 import pytest
-import refit_reference as reference
 import torch
 from torch import nn
 
+import refit_reference as reference
 from ewa import refit
 from ewa.refit import Moments
 
@@ -76,7 +76,7 @@ def test_selection_equals_the_reference(ridge, bias, number):
 
 def test_greedy_choice_beats_the_largest_activations():
     activations, targets = problem(tokens=400, candidates=24)
-    outputs, chosen = refitted(activations, targets, 8)
+    outputs, _ = refitted(activations, targets, 8)
     largest = activations.square().mean(0).topk(8).indices
     down, bias = refit.solve(moments_of(activations[:, largest], targets), 0.)
     assert refit.relative_error(outputs, targets) < refit.relative_error(

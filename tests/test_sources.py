@@ -212,7 +212,8 @@ def test_mistakes_name_the_way_out(flags, message):
 
 
 def test_a_name_with_a_host_of_its_own_takes_no_other():
-    with pytest.raises(ValueError, match=r'vit_tiny_ewa has the host vit_tiny_patch16_224; for host=x give --model vit_ewa'):
+    words = 'vit_tiny_ewa has the host vit_tiny_patch16_224; for host=x give --model vit_ewa'
+    with pytest.raises(ValueError, match=words):
         build('--model', 'vit_tiny_ewa', '--model-kwargs', 'host=x')
 
 

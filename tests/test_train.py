@@ -17,8 +17,24 @@ from ewa.diagnostics import distances_to_mean
 from ewa.exporting import write_folder
 from ewa.options import train_parser
 from runs import (  # noqa: F401  fixtures among them
-    FLAGS, HOST, ROOT, TINY, config_of, fails, files, folder, logits_and_labels, make_folder, run_convert, run_train,
-    reset, sample_images, summary, train, trained)
+    FLAGS,
+    HOST,
+    ROOT,
+    TINY,
+    config_of,
+    fails,
+    files,
+    folder,
+    logits_and_labels,
+    make_folder,
+    reset,
+    run_convert,
+    run_train,
+    sample_images,
+    summary,
+    train,
+    trained,
+)
 
 
 @pytest.fixture
