@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import ewa
 from ewa import checkpoint as ckpt
-from ewa.averaging import RatePolicy
+from ewa.averaging import RatePolicy, runs_hooks
 from ewa.data import (
     EpochLength,
     SeededDataset,
@@ -149,10 +149,11 @@ def make_averager(
             model, args.share_rate, args.share_schedule, every=args.share_every,
             total_steps=max(1, round(warmup * updates_per_epoch)),
             stop_after=None if args.share_stop_epoch is None else round(args.share_stop_epoch * updates_per_epoch))
-    try:
-        averager.attach(optimizer)
-    except TypeError as e:  # an optimizer without hooks
-        raise ValueError(f'--opt {args.opt} can\'t be used with experts: {e}') from e
+    if not runs_hooks(optimizer):
+        raise ValueError(
+            f'--opt {args.opt} can\'t be used with experts: {type(optimizer).__name__} does not run step hooks '
+            f'reliably. Give another --opt.')
+    averager.attach(optimizer)
     return averager
 
 

@@ -94,6 +94,14 @@ def zip_parameters(name: str, layer: MoELayer) -> Iterator[Tuple[Tensor, ...]]:
         yield parameters
 
 
+def runs_hooks(optimizer: Optimizer) -> bool:
+    """Whether an optimizer runs hooks at each of its steps, from the first one on."""
+    # timm's Lookahead does not run Optimizer.__init__; its steps run hooks only from its first zero_grad() on
+    initialised = hasattr(optimizer, '_optimizer_state_dict_pre_hooks')
+    hooked = getattr(type(optimizer).step, 'hooked', False)
+    return initialised and hooked and not hasattr(optimizer, 'second_step')  # SAM's steps have other names
+
+
 class ExpertAverager:
     """Pulls the experts of every MoE layer of a model toward their mean (Experts Weights Averaging).
 
@@ -213,9 +221,7 @@ class ExpertAverager:
         inner = getattr(optimizer, 'optimizer', None)
         if isinstance(inner, Optimizer):
             optimizer = inner
-        # timm's Lookahead does not run Optimizer.__init__; its steps run hooks only from its first zero_grad() on
-        initialised = hasattr(optimizer, '_optimizer_state_dict_pre_hooks')
-        if not initialised or not getattr(type(optimizer).step, 'hooked', False) or hasattr(optimizer, 'second_step'):
+        if not runs_hooks(optimizer):
             raise TypeError(
                 f'{type(optimizer).__name__} does not run step hooks reliably, so experts might never be pulled. Call '
                 f'averager.step() after each optimizer.step() instead of attaching.')

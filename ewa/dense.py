@@ -19,8 +19,20 @@ from .ffn import build_ffn, hidden_activations, is_ffn, read_ffn
 from .gathering import METHODS, ExpertStatistics, FFNWeights, Method
 from .identity import describe_dense, describe_width, plain_forward
 from .moe import (
-    MoELayer, check_plain, evaluating, fuse_experts, inherit_requires_grad, is_gated, is_random, kind, layer_pieces,
-    moe_layers, pulled, renormalises, route, shared_experts,
+    MoELayer,
+    check_plain,
+    evaluating,
+    fuse_experts,
+    inherit_requires_grad,
+    is_gated,
+    is_random,
+    kind,
+    layer_pieces,
+    moe_layers,
+    pulled,
+    renormalises,
+    route,
+    shared_experts,
 )
 from .upcycle import ARGUMENTS
 

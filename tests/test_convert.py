@@ -252,3 +252,16 @@ def test_timms_own_validation_agrees(trained, folder, out, capsys):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout[done.stdout.index('{'):])
     assert result['top1'] == pytest.approx(printed, abs=0.01)
+
+
+def _broken(*args, **kwargs):
+    return None + 1
+
+
+@pytest.mark.parametrize('where', [
+    'convert.load_source', 'ewa.to_dense', 'ewa.diagnose', 'ewa.moe.fuse_experts', 'ewa.moe.mean_state',
+    'ewa.exporting.versions', 'ewa.vision_transformer.load_experts'])
+def test_a_mistake_of_ours_is_a_traceback(trained, tmp_path, monkeypatch, where):
+    monkeypatch.setattr(where, _broken)
+    with pytest.raises(TypeError, match='NoneType'):
+        run_convert(trained / 'best', '--output', tmp_path / 'vit')

@@ -590,3 +590,16 @@ def test_two_processes_resume_exactly(tmp_path, folder):
             done = two_processes(tmp_path, *flags, '--experiment', experiment, '--epochs', epochs, *more)
             assert done.returncode == 0, done.stderr
     assert equal(weights(tmp_path / 'whole'), weights(tmp_path / 'parts'))
+
+
+def _broken(*args, **kwargs):
+    return None + 1
+
+
+@pytest.mark.parametrize('where', [
+    'train.build_model', 'train.check_classes', 'train.make_optimizer', 'train.make_averager', 'train.prepare',
+    'ewa.upcycle.select_ffns', 'ewa.averaging.ExpertAverager.attach', 'ewa.checkpoint.start', 'ewa.data.class_names'])
+def test_a_mistake_of_ours_is_a_traceback(folder, tmp_path, monkeypatch, where):
+    monkeypatch.setattr(where, _broken)
+    with pytest.raises(TypeError, match='NoneType'):
+        run_train('--data-dir', folder, '--output', tmp_path, '--experiment', 'run')
