@@ -106,37 +106,49 @@ def _treats_each_token(module: nn.Module, layout: Layout) -> bool:
         return True  # refused where it would be converted, by name
     key = type(module), repr(module)
     if key not in _TRIED:
-        try:
-            copy = deepcopy(module)
-            copy = copy.to_empty(device='cpu') if any(p.is_meta for p in copy.parameters()) else copy.cpu()
-            copy = copy.float().eval()
-            for part in copy.modules():
-                part._forward_hooks.clear()
-                part._forward_pre_hooks.clear()
-            generator = torch.Generator().manual_seed(0)
-            for p in copy.parameters():
-                p.copy_(torch.randn(p.shape, generator=generator) / max(p.shape[-1], 1) ** 0.5)
-            x = torch.randn(2, 3, layout.width, generator=generator)
-            if layout.channels_first:
-                def run(tokens: Tensor) -> Tensor:
-                    return copy(tokens[:, :, None].movedim(-1, 1)).movedim(1, -1)[:, :, 0]
-            else:
-                run = copy
-            y, changed = run(x), x.clone()
-            changed[0, 0] += 1
-            differs = (run(changed) != y).any(-1)
-            flat = run(x.reshape(-1, 1, layout.width) if layout.channels_first else x.reshape(-1, layout.width))
-            fed: List[Tensor] = []
-            for name in layout.inputs:
-                copy.get_submodule(name).register_forward_pre_hook(lambda part, args: fed.append(args[0]))
-            run(x)
-            _TRIED[key] = bool(
-                y.shape == x.shape and differs[0, 0] and differs.sum() == 1
-                and torch.allclose(flat.reshape(y.shape), y, atol=1e-5)
-                and all(torch.equal(tokens, fed[0]) for tokens in fed))  # not three maps one after the other
-        except Exception:  # a module of anybody's, called in a way that it was perhaps not made for
-            _TRIED[key] = False
+        # whatever the caller has set up, such as models built on the meta device or under autocast
+        with torch.device('cpu'), torch.random.fork_rng(devices=[]), torch.autocast('cpu', enabled=False):
+            try:
+                _TRIED[key] = _try(deepcopy(module), layout)
+            except Exception:  # a module of anybody's, called in a way that it was perhaps not made for
+                _TRIED[key] = False
     return _TRIED[key]
+
+
+def _try(copy: nn.Module, layout: Layout) -> bool:
+    copy = copy.to_empty(device='cpu') if any(p.is_meta for p in copy.parameters()) else copy.cpu()
+    copy = copy.float().eval()
+    for part in copy.modules():
+        part._forward_hooks.clear()
+        part._forward_pre_hooks.clear()
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+    def run(tokens: Tensor) -> Tensor:
+        if layout.channels_first:
+            return copy(tokens[..., None, None].flatten(0, -4))[..., 0, 0].reshape(tokens.shape)
+        return copy(tokens)
+
+    for p in copy.parameters():
+        p.copy_(random(*p.shape) / max(p.shape[-1], 1) ** 0.5)
+    x = random(2, 3, layout.width)
+    image = x.movedim(-1, 1)[..., None] if layout.channels_first else x  # as the host calls it
+    y = copy(image)
+    y = y[..., 0].movedim(1, -1) if layout.channels_first else y
+    changed = x.clone()
+    changed[0, 0] += 1
+    differs = (run(changed) != run(x)).any(-1)
+    alone = run(x.flatten(0, 1)).reshape(x.shape)
+    fed: List[Tensor] = []
+    for name in layout.inputs:
+        copy.get_submodule(name).register_forward_pre_hook(lambda part, args: fed.append(args[0]))
+    run(x)
+    return bool(
+        y.shape == x.shape and differs[0, 0] and differs.sum() == 1
+        and torch.allclose(alone, y, atol=1e-5)
+        and all(torch.equal(tokens, fed[0]) for tokens in fed))  # not three maps one after the other
 
 
 def layout_of(module: nn.Module) -> Optional[Layout]:

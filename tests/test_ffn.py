@@ -104,6 +104,18 @@ def test_ffns_are_found_by_what_they_do(module, inputs, output, norm, others):
         torch.testing.assert_close(rebuilt(x), module(x))
 
 
+def test_ffns_are_found_in_whatever_surroundings():
+
+    with torch.device('meta'), torch.autocast('cpu', torch.bfloat16):
+        assert layout_of(timm.layers.Mlp(8, 23)).hidden == 23
+        assert layout_of(timm.layers.ConvMlp(8, 23)).channels_first
+    with torch.inference_mode():
+        assert layout_of(timm.layers.Mlp(8, 24).bfloat16()).hidden == 24
+    torch.manual_seed(0)
+    module, state = timm.layers.Mlp(8, 25), torch.get_rng_state()
+    assert layout_of(module) and torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize('module, reason', [
     (nn.Sequential(nn.Linear(8, 20), SpatialGate(), nn.Linear(20, 8)), 'does not treat each token by itself'),
     (timm.layers.GlobalResponseNormMlp(8, 20), 'does not treat each token by itself'),
