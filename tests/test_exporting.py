@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import timm
@@ -177,7 +178,7 @@ class TestExistingFolder:
 
     def test_survives_a_failing_write(self, vit, out, monkeypatch):
         def fail(model, directory, **kwargs):
-            (directory / 'model.safetensors').write_bytes(b'half')
+            (Path(directory) / 'model.safetensors').write_bytes(b'half')
             raise OSError('no space left')
 
         before = contents(out)
