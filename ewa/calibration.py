@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .gathering import ExpertStatistics
-from .moe import MoELayer, are_alike, evaluating, fuse_experts, is_gated, moe_layers, route
+from .moe import (
+    MoELayer, are_alike, evaluating, fuse_experts, is_gated, moe_layers, on_tokens, route, takes_images, to_tokens,
+)
 
 _CHUNK = 4096  # tokens that all experts are evaluated on at once
 
@@ -22,20 +24,21 @@ class _Sums:
     def __init__(self, layer: MoELayer) -> None:
         num_experts = len(layer.experts)
         self.layer = layer
-        self.fused = fuse_experts(layer.experts).eval() if are_alike(layer.experts) else None
+        self.experts = [on_tokens(expert) for expert in layer.experts]
+        self.fused = on_tokens(fuse_experts(layer.experts)).eval() if are_alike(layer.experts) else None
         self.tokens = 0
         self.counts, self.probability, self.contribution = torch.zeros(3, num_experts, dtype=torch.float64)
         self.second_moment = torch.zeros(num_experts, num_experts, dtype=torch.float64)
         self.mass, self.change, self.norm = 0., 0., 0.
 
     def __call__(self, module: nn.Module, args: Tuple[Tensor, ...]) -> None:
-        for tokens in args[0].reshape(-1, args[0].shape[-1]).split(_CHUNK):
+        for tokens in to_tokens(args[0], takes_images(self.layer.experts[0])).split(_CHUNK):
             self.add(tokens)
 
     def add(self, tokens: Tensor) -> None:
         layer = self.layer
         gates, experts, logits = route(layer, tokens)
-        outputs = torch.stack([expert(tokens) for expert in layer.experts]).float()  # (E, T, D)
+        outputs = torch.stack([expert(tokens) for expert in self.experts]).float()  # (E, T, D)
         full = torch.zeros_like(logits, dtype=torch.float32).scatter(1, experts, gates.float())  # (T, E)
         chosen = torch.zeros_like(full).scatter(1, experts, 1.)
         norms = outputs.norm(dim=2).T  # (T, E)
@@ -162,7 +165,7 @@ def layer_tokens(
     kept: List[Tuple[Tensor, Tensor]] = []
 
     def keep(module: nn.Module, args: Tuple[Tensor, ...], output: Tensor) -> None:
-        tokens = [t.reshape(-1, t.shape[-1]) for t in (args[0], output)]
+        tokens = [to_tokens(t, takes_images(layer.experts[0])) for t in (args[0], output)]
         count = min(len(tokens[0]), -(-limit * size // images))
         index = torch.randperm(len(tokens[0]), generator=generator)[:count].sort().values.to(tokens[0].device)
         kept.append((tokens[0][index], tokens[1][index]))

@@ -29,6 +29,7 @@ from .moe import (
     kind,
     layer_pieces,
     moe_layers,
+    on_tokens,
     pulled,
     renormalises,
     route,
@@ -242,11 +243,11 @@ def refit_layers(
             if steps:
                 wide = torch.promote_types(inputs.dtype, torch.float32)
                 trained = deepcopy(ffn).to(wide).requires_grad_()
-                refit.fit(trained, inputs.to(wide), targets.to(wide), steps)
+                refit.fit(on_tokens(trained), inputs.to(wide), targets.to(wide), steps)
                 ffn.load_state_dict(trained.state_dict())
-            errors[name] = dict(fitted=refit.relative_error(ffn(inputs), targets))
+            errors[name] = dict(fitted=refit.relative_error(on_tokens(ffn)(inputs), targets))
             if others:
-                errors[name]['held_out'] = refit.relative_error(ffn(others[0]), others[1])
+                errors[name]['held_out'] = refit.relative_error(on_tokens(ffn)(others[0]), others[1])
             tokens = max(tokens, len(inputs))
             ffns[name] = ffn
     for name, ffn in ffns.items():

@@ -32,6 +32,8 @@ _REPLACED: 'weakref.WeakKeyDictionary[nn.Module, nn.Module]' = weakref.WeakKeyDi
 class MoELayer(Protocol):
     """A MoE layer, ours or anybody's: a module that holds experts and maps `(..., D) -> (..., D)`.
 
+    Where the experts are made of 1x1 convolutions it maps `(B, D, height, width)` to the same.
+
     What else it may have, and what that means:
 
     - `fuse()`: in `eval()` the layer computes with the mean of its experts, which this returns as a new module
@@ -119,6 +121,36 @@ def pieces(expert_ratio: float) -> int:
 def layer_pieces(layer: MoELayer) -> int:
     """How many experts of a layer are as wide as the dense FFN."""
     return pieces(getattr(layer, 'expert_ratio', 1.0))
+
+
+def takes_images(expert: nn.Module) -> bool:
+    """Whether an expert is made of 1x1 convolutions: it takes tokens as `(B, D, height, width)`."""
+    return any(isinstance(part, nn.Conv2d) for part in expert.modules())
+
+
+def on_tokens(expert: nn.Module) -> nn.Module:
+    """An expert as a module `(T, D) -> (T, D)`, of the same weights."""
+    return nn.Sequential(nn.Unflatten(1, (-1, 1, 1)), expert, nn.Flatten()) if takes_images(expert) else expert
+
+
+def to_tokens(x: Tensor, images: bool) -> Tensor:
+    """`(..., D)`, or `(B, D, height, width)` with `images`, -> `(T, D)`."""
+    x = x.movedim(1, -1) if images else x
+    return x.reshape(-1, x.shape[-1])
+
+
+def from_tokens(tokens: Tensor, x: Tensor, images: bool) -> Tensor:
+    """`(T, D)` -> the shape of the `x` that `to_tokens` was given, but for its width."""
+    if images:
+        return tokens.reshape(len(x), *x.shape[2:], tokens.shape[-1]).movedim(-1, 1)
+    return tokens.reshape(*x.shape[:-1], tokens.shape[-1])
+
+
+def _on_parts(experts: Iterable[Callable[[Tensor], Tensor]], parts: Iterable[Tensor], images: bool) -> Tensor:
+    """What each expert makes of its part `(n, D)`, one under the other, `(T, D)`."""
+    if images:
+        return torch.cat([expert(part[:, :, None, None]).flatten(1) for expert, part in zip(experts, parts)])
+    return torch.cat([expert(part) for expert, part in zip(experts, parts)])
 
 
 def route(layer: MoELayer, tokens: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
@@ -253,10 +285,14 @@ class RandomPartitionMoE(nn.Module):
         self.experts = nn.ModuleList(experts)
         if len(self.experts) < 2:
             raise ValueError(f'A MoE layer needs at least 2 experts, got {len(self.experts)}.')
+        self.takes_images = takes_images(self.experts[0])
         self.train(self.experts[0].training)
 
     def expert_functions(self) -> Sequence[Callable[[Tensor], Tensor]]:
-        """`E` functions `(n, D) -> (n, D)`, for the tokens of each part; override here."""
+        """`E` functions `(n, D) -> (n, D)`, for the tokens of each part; override here.
+
+        Of 1x1 convolutions `(n, D, 1, 1) -> (n, D, 1, 1)`.
+        """
         return self.experts
 
     def mean_function(self, x: Tensor) -> Tensor:
@@ -266,17 +302,17 @@ class RandomPartitionMoE(nn.Module):
         return functional_call(self.experts[0], mean_state(self.experts), (x,))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., D) -> (..., D)`."""
+        """`(..., D) -> (..., D)`; of 1x1 convolutions `(B, D, height, width)` to the same."""
         if not self.training:
             return self.mean_function(x)
         experts = self.expert_functions()
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = to_tokens(x, self.takes_images)
         index, inverse, sizes = random_partition(
             tokens.shape[0], len(experts), x.device, static=torch.compiler.is_compiling())
         parts = tokens.index_select(0, index).split(sizes)
         # an expert without tokens is called on zero rows: every parameter has a gradient, as DDP wants
-        out = torch.cat([expert(part) for expert, part in zip(experts, parts)])
-        return out.index_select(0, inverse).reshape(*x.shape[:-1], out.shape[-1])
+        out = _on_parts(experts, parts, self.takes_images)
+        return from_tokens(out.index_select(0, inverse), x, self.takes_images)
 
     def fuse(self) -> nn.Module:
         """The dense FFN this layer computes with in `eval()`: a new module, the mean of the experts."""
@@ -415,6 +451,7 @@ class TopKMoE(nn.Module):
         self.top_k = top_k
         self.renormalise = renormalise
         self.expert_ratio = expert_ratio
+        self.takes_images = takes_images(self.experts[0])
         self.losses: Dict[str, Tensor] = {}
         self.counts: Optional[Tensor] = None
         self.train(self.experts[0].training)
@@ -427,8 +464,8 @@ class TopKMoE(nn.Module):
         return gates, experts, logits
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., D) -> (..., D)`."""
-        tokens = x.reshape(-1, x.shape[-1])
+        """`(..., D) -> (..., D)`; of 1x1 convolutions `(B, D, height, width)` to the same."""
+        tokens = to_tokens(x, self.takes_images)
         gates, experts, logits = self.route(tokens)
         self.counts = torch.bincount(experts.reshape(-1), minlength=len(self.experts)).detach()
         self.losses = {}
@@ -438,13 +475,13 @@ class TopKMoE(nn.Module):
         order, sizes = dispatch(experts, len(self.experts))
         rows = order // self.top_k
         parts = tokens.index_select(0, rows).split(sizes)
-        routed = torch.cat([expert(part) for expert, part in zip(self.experts, parts)])
+        routed = _on_parts(self.experts, parts, self.takes_images)
         routed = routed * gates.reshape(-1, 1).index_select(0, order).to(routed.dtype)
         out = torch.zeros(tokens.shape[0], routed.shape[-1], dtype=routed.dtype, device=x.device)
         out = out.index_add(0, rows, routed)
         for expert in shared_experts(self):
-            out = out + expert(tokens)
-        return out.reshape(*x.shape[:-1], out.shape[-1])
+            out = out + on_tokens(expert)(tokens)
+        return from_tokens(out, x, self.takes_images)
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise NotImplementedError('A gated MoE layer can\'t be scripted; convert the model with ewa.to_dense first.')

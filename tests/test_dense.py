@@ -718,3 +718,21 @@ def test_a_norm_over_hidden_units_is_refused_where_ffns_are_put_side_by_side(tin
     model = gated(tiny('eva02_base_patch14_224'), layers='all')
     with pytest.raises(ValueError, match='blocks.0.mlp: 2 FFNs with a norm over the hidden units can.*Use average'):
         ewa.to_dense(model, 'prune', [images], k=2)
+
+
+@pytest.mark.filterwarnings('ignore:.*calibration tokens')
+@pytest.mark.parametrize('method', ['average', 'aligned', 'usage', 'do_acp', 'refit'])
+def test_experts_of_1x1_convolutions_are_gathered_as_those_of_linear_maps(method):
+    models = []
+    for conv_mlp in (False, True):
+        torch.manual_seed(0)
+        model = timm.create_model(
+            'convnext_tiny', depths=(1, 2, 2, 2), dims=(8, 8, 16, 16), num_classes=10, conv_mlp=conv_mlp)
+        models.append(scatter(ewa.to_moe(model, router='topk', top_k=1, renormalise=False)).eval())
+    linear, conv = models
+    keys = conv.state_dict()
+    conv.load_state_dict({key: value.reshape(keys[key].shape) for key, value in linear.state_dict().items()})
+    images = torch.randn(8, 3, 32, 32)
+    batches = [images] if METHODS[method].needs_data else None
+    dense = [ewa.to_dense(model, method, batches=batches) for model in models]
+    torch.testing.assert_close(dense[1](images), dense[0](images), rtol=1e-4, atol=1e-4)

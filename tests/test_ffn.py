@@ -52,6 +52,9 @@ def test_only_token_wise_ffns_are_found(tiny):
     assert list(find_ffns(tiny('vit_relpos_small_patch16_224', num_heads=4))) == [f'blocks.{i}.mlp' for i in range(4)]
     # depth-wise convolutions mix tokens
     assert not find_ffns(timm.create_model('pvt_v2_b0', num_classes=10))
+    # channel attention sees one token an image
+    with torch.device('meta'):
+        assert not find_ffns(timm.create_model('gcresnet33ts'))
     # a relative position bias of two heads is made from two coordinates
     with torch.device('meta'):
         assert not any('rel_pos' in name for name in find_ffns(timm.create_model('maxvit_rmlp_tiny_rw_256')))
@@ -90,12 +93,14 @@ class GatedParts(nn.Module):  # as in LLaMA, DINOv3
     (GatedParts(), ('gate_proj', 'up_proj'), 'down_proj', '', ()),
     (timm.layers.SwiGLU(8, 20, norm_layer=nn.LayerNorm), ('fc1_g', 'fc1_x'), 'fc2', 'norm', ()),
     (timm.layers.ConvMlp(8, 20), ('fc1',), 'fc2', '', ()),
+    (nn.Sequential(nn.Conv2d(8, 20, 1, bias=False), timm.models.metaformer.StarReLU(), nn.Conv2d(20, 8, 1, bias=False)),
+     ('0',), '2', '', ('1',)),
 ], ids=str)
 def test_ffns_are_found_by_what_they_do(module, inputs, output, norm, others):
     layout = layout_of(module)
     assert (layout.inputs, layout.output, layout.norm, layout.others) == (inputs, output, norm, others)
     assert (layout.width, layout.hidden) == (8, 20) and is_ffn(module) == (not others)
-    assert layout.channels_first == isinstance(module, timm.layers.ConvMlp)
+    assert layout.channels_first == any(isinstance(part, nn.Conv2d) for part in module.modules())
     assert list(find_ffns(nn.Sequential(nn.Sequential(module)))) == ['0.0']  # the innermost
     if not others:
         weights = read_ffn(module)

@@ -350,6 +350,38 @@ def test_model_compiles_without_a_graph_break(tiny, images, num_experts, form):
         torch.testing.assert_close(compiled.eval()(images), model.eval()(images))
 
 
+def of_convolutions(layer):
+    """The layer with 1x1 convolutions of the same weights for its linear maps; for `(B, D, height, width)`."""
+    experts = [Mlp(8, 16, use_conv=True) for _ in layer.experts]
+    for conv, expert in zip(experts, layer.experts):
+        conv.load_state_dict({
+            key: value[..., None, None] if value.dim() == 2 else value for key, value in expert.state_dict().items()})
+    if isinstance(layer, TopKMoE):
+        made = TopKMoE(experts, 8, layer.top_k, shared=[deepcopy(experts[0]) for _ in getattr(layer, 'shared', ())])
+        made.router.load_state_dict(layer.router.state_dict())
+        return made
+    return MeanFormMoE(experts, layer.spread) if isinstance(layer, MeanFormMoE) else RandomPartitionMoE(experts)
+
+
+@pytest.mark.parametrize('make', [random_layer, mean_layer, gated_layer])
+@pytest.mark.parametrize('size', [(5, 4), (1, 1)])
+def test_experts_of_1x1_convolutions_compute_as_those_of_linear_maps(make, size):
+    layer = make()
+    conv = of_convolutions(layer)
+    x = torch.randn(3, *size, 8)
+    for train in (True, False):
+        out = []
+        for module, tokens in ((layer, x), (conv, x.movedim(-1, 1))):
+            torch.manual_seed(1)
+            out.append(module.train(train)(tokens))
+        torch.testing.assert_close(out[1].movedim(1, -1), out[0])
+    conv.train()(x.movedim(-1, 1)).sum().backward()  # of three tokens some experts have none
+    assert all(p.grad is not None for p in conv.parameters())
+    if make is not gated_layer:
+        assert torch.equal(conv.fuse().eval()(x.movedim(-1, 1)), conv.eval()(x.movedim(-1, 1)))
+
+
+
 class TestTopK:
     @pytest.mark.parametrize('train', [True, False])
     @pytest.mark.parametrize('top_k, renormalise, num_shared', [
