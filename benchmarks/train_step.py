@@ -23,6 +23,8 @@ VARIANTS: Dict[str, Optional[Dict[str, Any]]] = {  # name to arguments of to_moe
     'EWA, 4 experts, every:2': dict(num_experts=4, layers='every:2'),
     'EWA, 8 experts, every:2': dict(num_experts=8, layers='every:2'),
     'EWA, 4 experts, all': dict(num_experts=4, layers='all'),
+    'EWA in mean form, 4 experts, every:2': dict(num_experts=4, form='mean', layers='every:2'),
+    'EWA in mean form, 4 experts, all': dict(num_experts=4, form='mean', layers='all'),
     'gated, 8 experts, top 2, every:2': dict(num_experts=8, router='topk', top_k=2, layers='every:2'),
 }
 

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from sklearn.datasets import load_digits
 from timm.layers import Mlp
 from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -162,6 +163,23 @@ def test_without_spread_the_mean_form_trains_as_the_dense_model(tiny, images):
     trained = ewa.to_dense(model).state_dict()
     for key, value in dense.state_dict().items():
         torch.testing.assert_close(trained[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_an_optimizer_without_the_deviations_is_refused(tiny):
+    model = tiny()
+    optimizer = torch.optim.AdamW(model.parameters())
+    ewa.to_moe(model, form='mean')
+    with pytest.raises(ValueError, match='holds 0 of the 16 trainable expert parameters of blocks.1.mlp'):
+        ewa.ExpertAverager(model, .1).attach(optimizer)
+
+
+def test_the_mean_of_mean_forms_over_time_is_the_mean_of_their_experts():
+    first, second = mean_layer(), mean_layer(seed=1)
+    ema = ModelEmaV3(first, decay=.7)
+    ema.update(second)
+    for averaged, a, b in zip(ema.module.experts, first.experts, second.experts):
+        for key, value in averaged.named_parameters():
+            torch.testing.assert_close(value, .7 * a.get_parameter(key) + .3 * b.get_parameter(key))
 
 
 def test_under_sgd_the_spread_acts_squared():

@@ -273,10 +273,25 @@ def test_options_train(go, flags):
     assert summary(run)[-1]['eval_loss'] < 2.4  # log(10) = 2.303 for a guess
 
 
-def test_recomputed_activations_change_nothing(go):
+@pytest.mark.parametrize('form', ['experts', 'mean'])
+def test_recomputed_activations_change_nothing(go, form):
     # the random partition is drawn again in the backward pass
-    assert close(weights(go('--epochs', 1, experiment='kept')),
-                 weights(go('--epochs', 1, '--grad-checkpointing', experiment='recomputed')), atol=1e-6)
+    flags = ['--epochs', 1, '--expert-form', form]
+    assert close(weights(go(*flags, experiment='kept')),
+                 weights(go(*flags, '--grad-checkpointing', experiment='recomputed')), atol=1e-6)
+
+
+def test_the_mean_form_trains_tells_its_deviations_and_converts(go, tmp_path):
+    run = go('--expert-form', 'mean', '--spread', 0.5, '--share-rate', 0.1, '--model-ema', '--amp', '--amp-dtype',
+             'bfloat16', '--grad-accum-steps', 2)
+    model = ewa.load(run / 'last').eval()
+    assert {f'blocks.1.mlp.{part}.fc1.weight' for part in ('mean', 'deviations.0', 'deviations.3')} <= set(weights(run))
+    distance = list(scalars(run, 'experts_distance/blocks.1.mlp').values())[-1]
+    assert distance == pytest.approx(ewa.diagnose(model)[0]['distance'], rel=1e-3) and distance > 0
+    run_convert(run / 'last', '--output', tmp_path / 'vit')
+    vit = timm.create_model(f'local-dir:{tmp_path / "vit"}', pretrained=True).eval()
+    x = torch.randn(2, 1, 28, 28)
+    assert torch.equal(vit(x), model(x)) and not any(ewa.moe.moe_layers(vit))
 
 
 @pytest.mark.slow
@@ -312,8 +327,9 @@ EXACT = ['--epochs', 3, '--model-ema', '--model-ema-decay', 0.9, '--mixup', 0.8,
 @pytest.mark.parametrize('flags', [
     ['--workers', 0, '--sched-on-updates'],
     ['--workers', 2, '--warmup-epochs', 1],
+    ['--workers', 0, '--expert-form', 'mean', '--spread', 0.5],
     pytest.param(['--workers', 0, '--router', 'topk', '--opt', 'lamb'], marks=pytest.mark.slow),
-], ids=['workers0', 'workers2', 'gated'])
+], ids=['workers0', 'workers2', 'mean', 'gated'])
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(go, monkeypatch, capsys, flags):
     whole = go(*EXACT, *flags, experiment='whole')
     seed_all = train.seed_all
@@ -369,6 +385,7 @@ def test_resume_of_a_finished_run_says_so_and_changes_nothing(trained, folder, c
     (['--num-experts', 3], 'num_experts is 4, here it is 3'),
     (['--moe-layers', 'all'], 'checkpoint of another model: its layers is every:2, here it is all'),
     (['--router', 'topk'], 'checkpoint of another model'),
+    (['--expert-form', 'mean'], 'checkpoint of another model: its form is None, here it is mean'),
     (['--model', 'vit_tiny_patch16_224', '--model-kwargs', *(f'{k}={v}' for k, v in HOST.items())],
      'its architecture is vit_ewa, here it is vit_tiny_patch16_224'),
     (['--opt', 'sgd'], 'was trained with --opt adamw, here it is sgd'),

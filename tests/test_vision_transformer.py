@@ -1,3 +1,4 @@
+import re
 from copy import deepcopy
 
 import pytest
@@ -26,8 +27,7 @@ SWIN = dict(depth=None, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2)
 
 
 def dense_key(key):
-    parts = key.split('.')
-    return '.'.join(parts[:parts.index('experts')] + parts[parts.index('experts') + 2:]) if 'experts' in parts else key
+    return re.sub(r'\.(experts\.\d+|deviations\.\d+|mean)\.', '.', key)
 
 
 def trained(model, seed=5):
@@ -252,8 +252,9 @@ class TestTimmFeatures:
         ewa.export(vit, tmp_path / 'out')
         assert torch.equal(ewa.load(tmp_path / 'out').eval()(images), model(images))
 
-    def test_set_grad_checkpointing(self, tiny, images):
-        model = tiny('vit_tiny_ewa').train()
+    @pytest.mark.parametrize('form', ['experts', 'mean'])
+    def test_set_grad_checkpointing(self, tiny, images, form):
+        model = tiny('vit_tiny_ewa', form=form).train()
         model.set_grad_checkpointing()
         model(images).sum().backward()
         assert all(p.grad is not None for _, layer in moe_layers(model) for p in layer.parameters())
@@ -274,13 +275,14 @@ class TestTimmFeatures:
                 assert value == expected[dense_key(key)]
         assert got['blocks.1.mlp.experts.3.fc1.weight'][0] < got['blocks.3.mlp.experts.0.fc1.bias'][0]
 
-    def test_weight_decay_is_that_of_the_host(self, tiny):
+    @pytest.mark.parametrize('form', ['experts', 'mean'])
+    def test_weight_decay_is_that_of_the_host(self, tiny, form):
         def decays(model):
             names = {id(p): n for n, p in model.named_parameters()}
             groups = param_groups_weight_decay(model, .05, model.no_weight_decay())
             return {names[id(p)]: g['weight_decay'] for g in groups for p in g['params']}
 
-        model, dense = tiny('vit_tiny_ewa'), tiny()
+        model, dense = tiny('vit_tiny_ewa', form=form), tiny()
         assert model.no_weight_decay() == dense.no_weight_decay()
         expected = decays(dense)
         assert decays(model) == {key: expected[dense_key(key)] for key, _ in model.named_parameters()}
