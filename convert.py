@@ -4,6 +4,7 @@
     python convert.py output/demo/best --output vit --data-dir imagenet         # ... and compare accuracies
     python convert.py output/moe/best --output vit --data-dir imagenet --method all    # gated MoE: compare gatherings
     python convert.py weights.safetensors --model vit_small_ewa --output vit    # bare weights, also of timm's train.py
+    python convert.py swin_moe_small/ --from swin_moe --output vit --data-dir imagenet --method refit  # docs/owners.md
 """
 import argparse
 import logging
@@ -134,6 +135,17 @@ def compare(model: nn.Module, dense: Dict[str, nn.Module], batches: Iterable, de
     return scores
 
 
+def print_check(args: argparse.Namespace) -> None:
+    """How to find out whether a released model was read as it was meant."""
+    print('No released file could be read while this was written (docs/owners.md). Before you rely on the result,')
+    if args.data_dir or args.dataset:
+        print('compare "before conversion" above with the published top-1.')
+    else:
+        print('compare "before conversion" with the published top-1:')
+        print(f'    python convert.py {args.source} --from {args.layout} --output {args.output} --overwrite '
+              '--data-dir IMAGENET')
+
+
 def write(
         dense: nn.Module,
         output: Path,
@@ -159,7 +171,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     try:
         check_folders(args)
         model, known = load_source(
-            args.source, args.use_ema, args.model, args.model_kwargs, args.img_size, args.in_chans)
+            args.source, args.use_ema, args.model, args.model_kwargs, args.img_size, args.in_chans, args.layout)
         model = model.to(device).eval()
         layers = dict(moe_layers(model))
         if not layers:
@@ -199,6 +211,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         print(f'Report: {Path(args.report) / "report.md"}')
     print(f"Load it with:  timm.create_model('local-dir:{output}', pretrained=True)")
     print('(without pretrained=True, timm leaves the weights random and says nothing)')
+    if args.layout:
+        print_check(args)
 
 
 if __name__ == '__main__':

@@ -459,7 +459,8 @@ class TopKMoE(nn.Module):
     def route(self, tokens: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """Gates `(T, k)`, experts `(T, k)` and logits `(T, E)` of tokens `(T, D)`."""
         with torch.autocast(tokens.device.type, enabled=False):
-            logits = nn.functional.linear(tokens.float(), self.router.weight.float())
+            bias = None if self.router.bias is None else self.router.bias.float()  # of routers by others
+            logits = nn.functional.linear(tokens.float(), self.router.weight.float(), bias)
             gates, experts = top_k_gates(logits, self.top_k, self.renormalise)
         return gates, experts, logits
 
@@ -528,7 +529,8 @@ def routing_losses(model: nn.Module) -> Dict[str, Tensor]:
     for name, layer in moe_layers(model):
         if not isinstance(layer, TopKMoE):
             continue
-        expected = layer.training and torch.is_grad_enabled() and layer.router.weight.requires_grad
+        expected = layer.training and torch.is_grad_enabled() and any(
+            p.requires_grad for p in layer.router.parameters())
         if expected and not layer.losses:
             raise RuntimeError(
                 f'{name} has no routing losses: this module object has done no forward pass in training. Call '

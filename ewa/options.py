@@ -10,6 +10,7 @@ from timm.utils import ParseKwargs
 from .averaging import SCHEDULES
 from .gathering import METHODS, Option
 from .moe import ROUTERS
+from .released import READERS
 
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 
@@ -279,7 +280,10 @@ def convert_parser() -> Parser:
     """The options of `convert.py`."""
     parser = Parser(prog='convert.py',
                     description='Turn a MoE model into a dense one and export it as a vanilla timm folder.')
-    parser.add_argument('source', metavar='SRC', help='model folder, checkpoint folder, or .safetensors / .pth file')
+    parser.add_argument('source', metavar='SRC', help='model folder, checkpoint folder, .safetensors / .pth file, or '
+                        'with --from the released files')
+    parser.add_argument('--from', dest='layout', choices=tuple(READERS),
+                        help='SRC is a MoE model as others released it, see docs/owners.md')
     parser.add_argument('--output', required=True, metavar='DIR', help='folder to make')
     parser.add_argument('--overwrite', action='store_true',
                         help='replace the model in DIR if there is one; other files there stay')

@@ -19,6 +19,7 @@ from .checkpoint import load_ema, read_state
 from .distillation import forward_flops
 from .foreign import foreign
 from .options import moe_arguments
+from .released import has_tanh_head, load_released
 from .stacked import unstack
 from .vision_transformer import HOSTS, has_experts
 
@@ -41,19 +42,26 @@ def read_config(directory: Path) -> Dict[str, Any]:
     return config
 
 
-def load(directory: PathLike, ema: bool = False, **kwargs) -> nn.Module:
+def load(directory: PathLike, ema: bool = False, layout: Optional[str] = None, **kwargs) -> nn.Module:
     """The model of a folder, dense or MoE, with its weights.
 
     Args:
-        directory: A folder by `ewa.export`, `last/` or `best/` of a training run, or one of its `checkpoints/`.
+        directory: A folder by `ewa.export`, `last/` or `best/` of a training run, or one of its `checkpoints/`. With a
+            `layout`, the released files of somebody else's MoE model.
         ema: Take the EMA weights that lie beside the others.
-        **kwargs: For `timm.create_model`, e.g. `num_classes` or `img_size`.
+        layout: `'swin_moe'` or `'v_moe'`, see `ewa.released` and docs/owners.md.
+        **kwargs: For `timm.create_model`, e.g. `num_classes` or `img_size`; with a `layout`, for
+            `ewa.released.load_released`: `top_k`, `renormalise`, `num_classes`.
 
     Raises:
         FileNotFoundError: No model folder there.
         ValueError: What is there is damaged, or the arguments do not fit.
     """
     directory = Path(directory)
+    if layout is not None:
+        if ema:
+            raise ValueError(f'ema=True: files of layout {layout} have no EMA weights.')
+        return load_released(directory, layout, **kwargs)
     if not (directory / 'config.json').is_file() and (directory / 'state.json').is_file():
         return _load_checkpoint_folder(directory, ema, kwargs)
     for name in ('config.json', 'ema.safetensors' if ema else 'model.safetensors'):
@@ -95,16 +103,18 @@ def load_source(
         model_kwargs: Optional[Dict[str, Any]] = None,
         img_size: Optional[int] = None,
         in_chans: Optional[int] = None,
+        layout: Optional[str] = None,
 ) -> Tuple[nn.Module, Dict[str, Any]]:
     """The MoE model of `convert.py`'s SRC and what is known of its training.
 
     Args:
-        source: Model folder, checkpoint folder, or a bare file of weights.
+        source: Model folder, checkpoint folder, a bare file of weights, or released files.
         ema: Take the EMA weights.
         model: Architecture of a bare file.
         model_kwargs: Its arguments; the number of classes is found from the weights.
         img_size: Of a bare file, if it is not the architecture's.
         in_chans: Likewise.
+        layout: Of released files; `model_kwargs` then are arguments of `load_released`.
 
     Returns:
         The model, and `class_names` and `provenance` as far as they are known.
@@ -113,6 +123,9 @@ def load_source(
         ValueError, FileNotFoundError: There is no model, or not such a model.
     """
     source = Path(source)
+    if layout is not None:
+        return _load_released_source(source, layout, ema, model, model_kwargs or {}, img_size), dict(
+            provenance=dict(layout=layout))
     if (source / 'config.json').is_file():
         config = read_config(source)
         return load(source, ema), dict(class_names=config.get('label_names'), provenance=config.get('ewa', {}))
@@ -131,6 +144,34 @@ def load_source(
             f'{source} is a bare file of weights: name their architecture with --model, e.g. vit_small_ewa.')
     sizes = {key: value for key, value in (('img_size', img_size), ('in_chans', in_chans)) if value is not None}
     return _load_bare_file(source, ema, model, {**sizes, **(model_kwargs or {})}), {}
+
+
+def _load_released_source(
+        path: Path,
+        layout: str,
+        ema: bool,
+        name: Optional[str],
+        kwargs: Dict[str, Any],
+        img_size: Optional[int],
+) -> nn.Module:
+    if name or ema:
+        raise ValueError(f'--from {layout} finds the architecture from the files, which have no EMA weights: leave '
+                         '--model and --use-ema out.')
+    unknown = [key for key in kwargs if key not in ('top_k', 'renormalise', 'num_classes')]
+    if unknown:
+        raise ValueError(f'--model-kwargs {unknown[0]} is found from the files of --from {layout}; it takes top_k, '
+                         'renormalise and num_classes.')
+    model = load_released(path, layout, **kwargs)
+    size = get_model_input_config(model)['input_size'][-1]
+    if img_size not in (None, size):
+        raise ValueError(f'--img-size {img_size}: {path} is for {size} pixels; timm can give the exported model another '
+                         'size when it is loaded.')
+    if has_tanh_head(model):
+        raise ValueError(
+            f'{path} has a tanh layer before its classifier (pre_logits), and no timm architecture has one. Give '
+            '--model-kwargs num_classes=0 for the features below it, or num_classes=N for a new classifier to '
+            'fine-tune. (ewa.load builds the model whole, to distil from in a loop of your own.)')
+    return model
 
 
 def _load_bare_file(path: Path, ema: bool, name: str, kwargs: Dict[str, Any]) -> nn.Module:

@@ -88,6 +88,9 @@ def load_experts(model: nn.Module, state_dict: Dict[str, Tensor], prefix: str = 
     for name, layer in moe_layers(model):
         start = name.removeprefix(prefix) + '.'
         weights = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
+        router = getattr(layer, 'router', None)
+        if 'router.bias' in weights and isinstance(router, nn.Linear) and router.bias is None:
+            router.bias = nn.Parameter(torch.zeros_like(router.weight[:, 0]))
         try:
             layer.load_state_dict(weights)
         except RuntimeError as e:

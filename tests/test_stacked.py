@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import timm
 import torch
@@ -6,7 +8,7 @@ from torch import nn
 
 import ewa
 from ewa.moe import moe_layers
-from ewa.stacked import Target, unstack
+from ewa.stacked import Stacked, unstack
 from gated import gated
 from runs import fails, run_convert
 from test_upcycle import SWIN
@@ -129,18 +131,109 @@ def test_experts_without_biases(tiny):
         f'blocks.1.mlp.experts.{e}.{fc}.weight' for e in range(3) for fc in ('fc1', 'fc2')}
 
 
+def rename(state, names, arrange=lambda key, value: value):
+    """A state dict of tutel's layout in another one's names."""
+    result = {}
+    for key, value in state.items():
+        for old, new in names.items():
+            if key.endswith(old):
+                key, value = key.removesuffix(old) + new, arrange(new, value)
+        result[key] = value
+    return {key: value for key, value in result.items() if not key.endswith('_num_global_experts')}
+
+
+OTHERS = {
+    'tutel with biases (E, 1, H)': ({}, lambda key, value: value),
+    'tutel as the FFN itself': ({f'._moe_layer.{name}': f'.{name}' for name in (
+        'experts.batched_fc1_w', 'experts.batched_fc1_bias', 'experts.batched_fc2_w', 'experts.batched_fc2_bias',
+        'gates.0.wg.weight')}, lambda key, value: value),
+    'fastmoe': ({
+        '._moe_layer.experts.batched_fc1_w': '.experts.htoh4.weight',
+        '._moe_layer.experts.batched_fc1_bias': '.experts.htoh4.bias',
+        '._moe_layer.experts.batched_fc2_w': '.experts.h4toh.weight',
+        '._moe_layer.experts.batched_fc2_bias': '.experts.h4toh.bias',
+        '._moe_layer.gates.0.wg.weight': '.gate.gate.weight',
+    }, lambda key, value: value.transpose(1, 2) if key == '.experts.h4toh.weight' else value),
+    'v_moe': ({
+        '._moe_layer.experts.batched_fc1_w': '.Moe.Mlp.Dense_0.kernel',
+        '._moe_layer.experts.batched_fc1_bias': '.Moe.Mlp.Dense_0.bias',
+        '._moe_layer.experts.batched_fc2_w': '.Moe.Mlp.Dense_1.kernel',
+        '._moe_layer.experts.batched_fc2_bias': '.Moe.Mlp.Dense_1.bias',
+        '._moe_layer.gates.0.wg.weight': '.Moe.Router.dense.kernel',
+    }, lambda key, value: value.transpose(-1, -2) if 'Dense_0.kernel' in key or 'Router' in key else value),
+}
+
+
+@pytest.mark.parametrize('names, arrange', OTHERS.values(), ids=OTHERS)
+def test_layouts_of_other_libraries(tiny, names, arrange):
+    model = make(tiny, 'vit_tiny_patch16_224')
+    state = stack(model)
+    if not names:
+        state = {key: value[:, None] if key.endswith('_bias') else value for key, value in state.items()}
+    result = unstack(rename(state, names, arrange))
+    assert result.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, result[key]) and result[key].is_contiguous()
+               for key, value in model.state_dict().items())
+
+
+def test_fastmoe_gates_have_a_bias(tiny, images, save):
+    model = make(tiny, 'vit_tiny_patch16_224')
+    state = rename(stack(model), *OTHERS['fastmoe'])
+    bias = torch.tensor([0., 9., -9.])  # all tokens to the second expert
+    loaded = load(save({**state, 'blocks.1.mlp.gate.gate.bias': bias}), 'vit_tiny_patch16_224')
+    layer = loaded.blocks[1].mlp
+    tokens = torch.randn(20, 32)
+    gates, experts, logits = layer.route(tokens)
+    torch.testing.assert_close(logits, tokens @ model.blocks[1].mlp.router.weight.T + bias)
+    assert (experts == 1).all()
+    torch.testing.assert_close(gates[:, 0], logits.softmax(1)[:, 1])
+    again = load(save(loaded.state_dict(), 'ours.pth'), 'vit_tiny_patch16_224')
+    assert torch.equal(again(images), loaded(images)) and not torch.equal(model(images), loaded(images))
+
+
+@pytest.mark.parametrize('ranks', [1, 3, 6])
+def test_experts_on_ranks_are_joined(tiny, ranks):
+    model = make(tiny, 'vit_tiny_patch16_224')  # three experts of hidden width 128
+    state = stack(model)
+    expert = {key: state.pop(key) for key in list(state) if '.experts.' in key}
+    cut = max(ranks // 3, 1)
+
+    def of_rank(r, key, value):
+        value = value[r * 3 // ranks:(r + 1) * 3 // ranks] if ranks <= 3 else value[r // cut][None]
+        return value.chunk(cut, 1)[r % cut] if cut > 1 else value
+
+    result = unstack(state, ranks=[{key: of_rank(r, key, v) for key, v in expert.items()} for r in range(ranks)])
+    assert all(torch.equal(value, result[key]) for key, value in model.state_dict().items())
+
+
 def test_a_table_for_another_library():
-    # (E, H, D) under one name a block, the router beside them, and a counter nobody needs
+    # (D, E, H) under one name a block, the router beside them, and a counter nobody needs
     layout = {
-        r'encoder\.(\d+)\.w1': Target(r'blocks.\1.mlp.experts.{e}.fc1.weight', transpose=True),
-        r'encoder\.(\d+)\.gate': Target(r'blocks.\1.mlp.router.weight'),
-        r'encoder\.\d+\.steps': Target(None),
+        r'(encoder\.\d+)\.w1': Stacked('fc1.weight', ('EDH', 'D1EH')),
+        r'(encoder\.\d+)\.gate': Stacked('router.weight', ('DE',)),
+        r'(encoder\.\d+)\.steps': Stacked(None),
     }
-    w1, gate, norm = torch.randn(2, 3, 4), torch.randn(2, 3), torch.randn(3)
-    result = unstack({'encoder.7.w1': w1, 'encoder.7.gate': gate, 'encoder.7.steps': norm, 'norm': norm}, layout)
-    assert list(result) == [
-        *(f'blocks.7.mlp.experts.{e}.fc1.weight' for e in (0, 1)), 'blocks.7.mlp.router.weight', 'norm']
-    assert torch.equal(result['blocks.7.mlp.experts.1.fc1.weight'], w1[1].T) and result['norm'] is norm
+    w1, gate, norm = torch.randn(4, 1, 2, 3), torch.randn(4, 2), torch.randn(3)
+    result = unstack(
+        {'encoder.7.w1': w1, 'encoder.7.gate': gate, 'encoder.7.steps': norm, 'norm': norm}, {'mine': layout})
+    assert list(result) == [*(f'encoder.7.experts.{e}.fc1.weight' for e in (0, 1)), 'encoder.7.router.weight', 'norm']
+    assert torch.equal(result['encoder.7.experts.1.fc1.weight'], w1[:, 0, 1].T) and result['norm'] is norm
+    assert torch.equal(result['encoder.7.router.weight'], gate.T)
+
+
+@pytest.mark.parametrize('state, words', [
+    ({'mlp.experts.w13': torch.ones(4, 6, 3)}, r'mlp.experts.w13 \(4, 6, 3\) looks like .* not known.*tutel, fastmoe'),
+    ({'mlp.experts.htoh4.weight': torch.ones(6, 3)}, r'shape \(6, 3\); the layout fastmoe has \(E, H, D\) there'),
+    ({'mlp.experts.batched_fc1_bias': torch.ones(4, 2, 6)}, r'layout tutel has \(E, H\) or \(E, 1, H\) '),
+    ({'mlp.experts.htoh4.weight': torch.ones(4, 6, 3), 'mlp.experts.h4toh.weight': torch.ones(4, 6, 3)},
+     r'do not fit each other: mlp.experts.htoh4.weight \(4, 6, 3\), mlp.experts.h4toh.weight \(4, 6, 3\)'),
+], ids=['unknown names', 'too few axes', 'a wrong axis', 'a wrong order of axes'])
+def test_what_fits_no_layout_is_refused_with_what_was_found(tiny, save, tmp_path, state, words):
+    with pytest.raises(ValueError, match=words):
+        unstack(state)
+    path = save({**tiny().state_dict(), **state})
+    code, lines = fails(run_convert, path, '--output', tmp_path / 'vit', *flags('vit_tiny_patch16_224'))
+    assert code == 2 and len(lines) == 1 and re.search(words, lines[0]) and str(path) in lines[0]
 
 
 FC1, BLOCK = 'blocks.1.mlp._moe_layer.experts.batched_fc1_w', 'blocks.1.mlp._moe_layer'
