@@ -164,7 +164,7 @@ def _load_released_source(
     model = load_released(path, layout, **kwargs)
     size = get_model_input_config(model)['input_size'][-1]
     if img_size not in (None, size):
-        raise ValueError(f'--img-size {img_size}: {path} is for {size} pixels; timm can give the exported model another '
+        raise ValueError(f'--img-size {img_size}: {path} is for {size} pixels; timm can give the exported one another '
                          'size when it is loaded.')
     if has_tanh_head(model):
         raise ValueError(
