@@ -82,8 +82,9 @@ def main() -> None:
         print(measure(Path(args.directory), args.layout))
         return
     print(f'{platform.machine()}, 1 CPU thread, torch {torch.__version__}\n')
-    print('| random weights as | files (GB) | parameters (M) | of the dense model (M) | loading (s) | memory for it (GB) '
-          '| averaging (s) |\n|' + '---|' * 7)
+    columns = ('random weights as', 'files (GB)', 'parameters (M)', 'of the dense model (M)', 'loading (s)',
+               'memory for it (GB)', 'averaging (s)')
+    print(f'| {" | ".join(columns)} |\n|' + '---|' * len(columns))
     for name, (layout, size) in SIZES.items():
         with tempfile.TemporaryDirectory() as folder:
             write(layout, size, Path(folder))

@@ -27,6 +27,13 @@ from .upcycle import to_moe
 Weights = Dict[str, Tensor]
 
 
+class _File(Weights):
+    """The tensors of a file, which is refused where one is missing that no such model is without."""
+
+    def __missing__(self, key: str) -> Tensor:
+        raise ValueError(f'It lacks {key}.')
+
+
 class Host(NamedTuple):
     """What a file says of its model, in timm's terms."""
     name: str
@@ -89,24 +96,22 @@ def read_swin_moe(path: Path) -> Host:
     ranks = [_load_pickle(file) for file in files]
     master = start.with_name(f'{start.name}.master')
     rest = _load_pickle(master) if master.is_file() else {k: v for k, v in ranks[0].items() if '.experts.' not in k}
-    weights = unstack(rest, ranks=[{k: v for k, v in rank.items() if '.experts.' in k} for rank in ranks])
+    weights = _File(unstack(rest, ranks=[{k: v for k, v in rank.items() if '.experts.' in k} for rank in ranks]))
     if 'absolute_pos_embed' in weights or 'patch_embed.norm.weight' not in weights:
         raise ValueError(f'{start} has absolute position embeddings or no norm after its patch embedding; timm\'s '
                          'Swin Transformer has it the other way round.')
 
-    stages = 1 + max(int(key.split('.')[1]) for key in weights if key.startswith('layers.'))
-    depths = tuple(len({key.split('.')[3] for key in weights if key.startswith(f'layers.{s}.blocks.')})
-                   for s in range(stages))
     embed_dim, in_chans, patch_size, _ = weights['patch_embed.proj.weight'].shape
-    buffers = {key: weights.pop(key) for key in list(weights)
-               if key.endswith(('.relative_coords_table', '.relative_position_index', '.attn_mask'))}
+    blocks = [re.match(r'layers\.(\d+)\.blocks\.(\d+)\.norm1\.weight$', key) for key in weights]
+    stage_of_block = [int(match[1]) for match in blocks if match]
+    stages = max(stage_of_block, default=0) + 1
+    depths = tuple(stage_of_block.count(s) for s in range(stages))
+    buffers = _File({key: weights.pop(key) for key in list(weights)
+                     if key.endswith(('.relative_coords_table', '.relative_position_index', '.attn_mask'))})
     windows, sizes, heads, ratios = [], [], [], set()
     for s in range(stages):
         block = f'layers.{s}.blocks.0'
-        coords = buffers.get(f'{block}.attn.relative_coords_table')
-        if coords is None:
-            raise ValueError(f'{start} lacks {block}.attn.relative_coords_table, so its window is not known.')
-        windows.append((coords.shape[1] + 1) // 2)
+        windows.append((buffers[f'{block}.attn.relative_coords_table'].shape[1] + 1) // 2)
         heads.append(len(weights[f'{block}.attn.cpb_mlp.2.weight']))
         # blocks are shifted, with a mask (windows, W * W, W * W), where there is more than one window
         masks = buffers.get(f'layers.{s}.blocks.1.attn_mask')
@@ -156,7 +161,9 @@ def read_v_moe(path: Path) -> Host:
     Raises:
         ValueError: Files are missing, or hold what timm's Vision Transformer has not.
     """
-    arrays = read_shards(path)
+    if path.name.startswith('eee_'):
+        raise ValueError(f'{path} is an E3 ensemble, which computes something else than a V-MoE.')
+    arrays = _File(read_shards(path))
     needed = ('embedding/kernel', 'cls', 'Encoder/posembed_input/pos_embedding', 'Encoder/encoder_norm/scale')
     lacking = [name for name in needed if name not in arrays]
     if lacking:

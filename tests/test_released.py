@@ -208,7 +208,7 @@ REFUSED = {
     'the last rank is missing': (
         without('swin_moe.pth.rank3'), r'batched_fc1_w stacks 3 experts.*ranks may be missing'),
     'another position of tokens': (swin(lambda w: w.update({MASK: w[MASK].flip(0)})), 'attn_mask is not what timm'),
-    'no window': (swin(lambda w: w.pop(COORDS)), 'lacks layers.0.blocks.0.attn.relative_coords_table'),
+    'no window': (swin(lambda w: w.pop(COORDS)), 'It lacks layers.0.blocks.0.attn.relative_coords_table'),
     'no masks': (swin(lambda w: w.pop(MASK)), 'does not fit together'),
     'absolute positions': (swin(lambda w: w.update(absolute_pos_embed=torch.ones(1, 64, 8))), 'position embeddings'),
     'a further tensor': (swin(lambda w: w.update({'layers.0.blocks.0.gamma': torch.ones(8)})), r'has .*gamma \(8,\)'),
@@ -216,6 +216,8 @@ REFUSED = {
     'experts of two widths': (
         swin(lambda w: w.update({FC1: w[FC1][:, :64]})), r'do not fit each other.*batched_fc1_w \(1, 64, 32\)'),
     'no experts': (swin(lambda w: [w.pop(k) for k in list(w) if '_moe_layer' in k]), ''),
+    'no classifier': (swin(lambda w: w.pop('head.weight')), 'It lacks head.weight'),
+    'another model': (swin(lambda w: [w.pop(k) for k in list(w) if 'layers' in k and 'moe' not in k]), 'It lacks layers.0'),
     'no array file': (without('checkpoint_7.data-00001-of-00002'), 'is missing'),
     'no class token': (vit(lambda w: w.pop('cls')), 'has no cls'),
     'attention pooling': (vit(lambda w: w.update({'MapHead/probe': torch.ones(1, 1, 16)})), r'has MapHead.probe'),
@@ -234,6 +236,20 @@ def test_what_can_not_be_known_is_refused(tmp_path, make, words):
     code, lines = fails(run_convert, path, '--from', layout, '--output', tmp_path / 'out')
     assert code == 2 and len(lines) == 1 and re.search(words, lines[0]) and str(tmp_path / 'files') in lines[0]
     assert not (tmp_path / 'out').exists()
+
+
+def test_ensembles_are_known_by_their_name_alone(tmp_path):
+    prefix = write_v_moe(tmp_path / 'eee_s32_last2_ilsvrc2012', v_moe_weights())
+    with pytest.raises(ValueError, match='is an E3 ensemble'):
+        ewa.load(prefix, layout='v_moe')
+
+
+@pytest.mark.parametrize('content', [b'', b'PK', b'not a pickle' * 100])
+def test_a_damaged_file_is_named(tmp_path, content):
+    path = write('swin_moe', tmp_path / 'swin')
+    (path / 'swin_moe.pth.rank1').write_bytes(content)
+    with pytest.raises(ValueError, match=r'rank1 can\'t be read as tensors'):
+        ewa.load(path, layout='swin_moe')
 
 
 def test_code_in_a_file_is_not_run(tmp_path):
