@@ -53,7 +53,7 @@ from ewa.distillation import TeacherView, check_weights, distillation_task, forw
 from ewa.foreign import foreign
 from ewa.logbook import Logbook, say
 from ewa.moe import is_random, moe_layers, pulled
-from ewa.options import train_parser
+from ewa.options import check_together, train_parser
 from ewa.sources import build_model, load_teacher
 
 
@@ -178,6 +178,7 @@ def build(
     Raises:
         ValueError, OSError: What a user can get wrong.
     """
+    check_together(args)
     train_set = open_dataset(args, args.train_split, is_training=True, in_chans=args.in_chans or 3)
     val_set = open_dataset(args, args.val_split, is_training=False, in_chans=args.in_chans or 3)
     args.num_classes = check_classes(train_set, val_set, args.num_classes)

@@ -1,6 +1,7 @@
 """Command-line options of the scripts: flag names and meaning are those of timm's `train.py` where timm has them."""
 import argparse
 import difflib
+import math
 import sys
 from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
 
@@ -12,13 +13,82 @@ from .gathering import METHODS, Option
 from .moe import ROUTERS
 from .released import READERS
 
+SCHEDULERS = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant')
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+
+
+class Number:
+    """The type of a flag: numbers in a range that `--help` shows and the parser checks.
+
+    Args:
+        kind: `int` or `float`.
+        low: Smallest value; None: no bound.
+        high: Largest value; None: no bound.
+        above: Whether `low` itself is out of the range.
+        below: Whether `high` itself is.
+    """
+
+    def __init__(
+            self,
+            kind: type,
+            low: Optional[float] = None,
+            high: Optional[float] = None,
+            above: bool = False,
+            below: bool = False,
+    ) -> None:
+        self.kind, self.low, self.high, self.above, self.below = kind, low, high, above, below
+
+    def __str__(self) -> str:
+        if self.low is None:
+            return ''
+        low = f'above {self.low:g}' if self.above else f'{self.low:g}'
+        if self.high is None:
+            return low if self.above else f'at least {low}'
+        return f'{low} to {"below " * self.below}{self.high:g}'
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = math.nan
+        fits = math.isfinite(value) and (
+            self.low is None or value > self.low or (value == self.low and not self.above)) and (
+            self.high is None or value < self.high or (value == self.high and not self.below))
+        if not fits:
+            what = 'whole number' if self.kind is int else 'number'
+            raise argparse.ArgumentTypeError(f'{text} is not a {what}' + (f' ({self})' if str(self) else ''))
+        return value
+
+
+COUNT = Number(int, 1)
+WHOLE = Number(int, 0)
+POSITIVE = Number(float, 0, above=True)
+NOT_NEGATIVE = Number(float, 0)
+SHARE = Number(float, 0, 1)
+BELOW_ONE = Number(float, 0, 1, below=True)
+NOT_ZERO_SHARE = Number(float, 0, 1, above=True)
+PERCENT = Number(float, 0, 100)
+FINITE = Number(float)
+
+
+class _Help(argparse.HelpFormatter):
+    """Shows ranges and defaults where there are any."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=120)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ''
+        notes = [str(action.type)] if isinstance(action.type, Number) and str(action.type) else []
+        if action.default not in (None, False, '', {}, argparse.SUPPRESS) and action.option_strings:
+            notes.append('default: %(default)s')
+        return f'{text} ({"; ".join(notes)})'.strip() if notes else text
 
 
 # flag, argument of `to_moe`, settings of the flag; `renormalise` is given by --model-kwargs
 MOE_FLAGS: Tuple[Tuple[str, str, Dict[str, Any]], ...] = (
     ('--num-experts', 'num_experts', dict(
-        type=int, metavar='N', help='experts a MoE layer; makes a dense model a MoE')),
+        type=Number(int, 2), metavar='N', help='experts a MoE layer; makes a dense model a MoE')),
     ('--moe-layers', 'layers', dict(
         metavar='WHICH', help='every:K, last:K, all, block indices "1,3,5", or a regular expression over FFN names')),
     ('--expert-init', 'init', dict(
@@ -28,11 +98,11 @@ MOE_FLAGS: Tuple[Tuple[str, str, Dict[str, Any]], ...] = (
         choices=('experts', 'mean'),
         help='random: parameters are experts, as published, or their mean and deviations from it; default: experts')),
     ('--spread', 'spread', dict(
-        type=float, metavar='S', help='form mean: what deviations are multiplied by, at least 0; default: 0.3')),
-    ('--top-k', 'top_k', dict(type=int, metavar='K', help='gated: experts a token')),
-    ('--num-shared', 'num_shared', dict(type=int, metavar='N', help='gated: experts that see every token')),
+        type=NOT_NEGATIVE, metavar='S', help='form mean: what deviations are multiplied by; default: 0.3')),
+    ('--top-k', 'top_k', dict(type=COUNT, metavar='K', help='gated: experts a token')),
+    ('--num-shared', 'num_shared', dict(type=WHOLE, metavar='N', help='gated: experts that see every token')),
     ('--expert-ratio', 'expert_ratio', dict(
-        type=float, metavar='R', help='gated: 1/m, hidden width of an expert over the FFN\'s')),
+        type=NOT_ZERO_SHARE, metavar='R', help='gated: 1/m, hidden width of an expert over the FFN\'s')),
 )
 
 
@@ -40,7 +110,7 @@ class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` that takes defaults from a YAML file (`-c`) and fails in one line that names the way out."""
 
     def __init__(self, **kwargs) -> None:
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
         self.add_argument('-c', '--config', metavar='FILE', help='YAML file of defaults, its keys are flag names')
 
     def error(self, message: str) -> NoReturn:
@@ -103,12 +173,6 @@ class _KeyValues(ParseKwargs):
         super().__call__(parser, namespace, values, option_string)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text} is not a whole number of at least 1')
-    return int(text)
-
-
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Where images come from and how they are prepared; the same for training, validation and calibration."""
     group = parser.add_argument_group('Data')
@@ -118,9 +182,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--train-split', metavar='NAME', default='train',
                        help='training split: a folder or .tar, or its name')
     group.add_argument('--val-split', metavar='NAME', default='validation', help='validation split, likewise')
-    group.add_argument('--train-num-samples', type=int, metavar='N',
+    group.add_argument('--train-num-samples', type=COUNT, metavar='N',
                        help='size of the training split of an iterable data set')
-    group.add_argument('--val-num-samples', type=int, metavar='N',
+    group.add_argument('--val-num-samples', type=COUNT, metavar='N',
                        help='size of the validation split of an iterable data set')
     group.add_argument('--dataset-download', action='store_true',
                        help='allow torch/ and tfds/ data sets to be downloaded')
@@ -128,22 +192,23 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--input-img-mode', metavar='MODE', help='PIL mode of images; default by --in-chans: RGB or L')
     group.add_argument('--input-key', help='key of images in hfds/, wds/ data sets')
     group.add_argument('--target-key', help='key of labels in hfds/, wds/ data sets')
-    group.add_argument('--img-size', type=_count, metavar='N', help='image size; default: the model\'s')
-    group.add_argument('--in-chans', type=_count, metavar='N', help='input channels; default: 3')
-    group.add_argument('--crop-pct', type=float, metavar='N', help='centre crop of validation images')
-    group.add_argument('--mean', type=float, nargs='+', metavar='MEAN', help='pixel mean; default: the model\'s')
-    group.add_argument('--std', type=float, nargs='+', metavar='STD',
+    group.add_argument('--img-size', type=COUNT, metavar='N', help='image size; default: the model\'s')
+    group.add_argument('--in-chans', type=COUNT, metavar='N', help='input channels; default: 3')
+    group.add_argument('--crop-pct', type=POSITIVE, metavar='N', help='centre crop of validation images')
+    group.add_argument('--mean', type=FINITE, nargs='+', metavar='MEAN', help='pixel mean; default: the model\'s')
+    group.add_argument('--std', type=POSITIVE, nargs='+', metavar='STD',
                        help='pixel standard deviation; default: the model\'s')
     group.add_argument('--interpolation', default='', choices=('', *INTERPOLATIONS), metavar='NAME',
                        help='resize interpolation; default: the model\'s')
-    group.add_argument('-b', '--batch-size', type=_count, default=128, metavar='N',
+    group.add_argument('-b', '--batch-size', type=COUNT, default=128, metavar='N',
                        help='images a process and micro-batch')
-    group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='data loading processes')
+    group.add_argument('-j', '--workers', type=WHOLE, default=4, metavar='N', help='data loading processes')
 
 
 def train_parser() -> Parser:
     """The options of `train.py`."""
-    parser = Parser(prog='train.py', description='Train a ViT, dense or as a mixture of experts.')
+    parser = Parser(prog='train.py', usage='%(prog)s [-c FILE] --data-dir DIR [--FLAG VALUE ...]',
+                    description='Train a ViT, dense or as a mixture of experts.')
     add_data_options(parser)
 
     group = parser.add_argument_group('Model')
@@ -153,7 +218,7 @@ def train_parser() -> Parser:
                        help='start from this file or folder as if it were pretrained: the classifier is replaced')
     group.add_argument('--initial-checkpoint', default='', metavar='PATH',
                        help='start from all weights of this file or folder; dense ones are copied into the experts')
-    group.add_argument('--num-classes', type=_count, metavar='N', help='default: found from the data')
+    group.add_argument('--num-classes', type=COUNT, metavar='N', help='default: found from the data')
     group.add_argument('--gp', metavar='POOL', help='global pool; default: the model\'s')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=_KeyValues, metavar='KEY=VALUE',
                        help='further arguments of the model')
@@ -164,110 +229,122 @@ def train_parser() -> Parser:
     group = parser.add_argument_group('Experts')
     for flag, _, settings in MOE_FLAGS:
         group.add_argument(flag, **settings)
-    group.add_argument('--share-rate', type=float, metavar='R',
+    group.add_argument('--share-rate', type=BELOW_ONE, metavar='R',
                        help='pull of the experts toward their mean after each update, 0 to (E-1)/E; '
                             'default: 1e-3 for random partition, 0 for gated')
     group.add_argument('--share-schedule', choices=SCHEDULES, default='constant', help='course of the share rate')
-    group.add_argument('--share-warmup-epochs', type=float, metavar='N',
+    group.add_argument('--share-warmup-epochs', type=NOT_NEGATIVE, metavar='N',
                        help='epochs until a linear or cosine share rate is full; default: all')
-    group.add_argument('--share-every', type=_count, default=1, metavar='N', help='pull at every n-th update')
-    group.add_argument('--share-stop-epoch', type=float, metavar='N', help='stop pulling after this many epochs')
-    group.add_argument('--balance-loss-weight', type=float, default=0.01, metavar='W',
+    group.add_argument('--share-every', type=COUNT, default=1, metavar='N', help='pull at every n-th update')
+    group.add_argument('--share-stop-epoch', type=NOT_NEGATIVE, metavar='N', help='stop pulling after this many epochs')
+    group.add_argument('--balance-loss-weight', type=NOT_NEGATIVE, default=0.01, metavar='W',
                        help='gated: load-balancing loss')
-    group.add_argument('--z-loss-weight', type=float, default=0.001, metavar='W', help='gated: router z-loss')
+    group.add_argument('--z-loss-weight', type=NOT_NEGATIVE, default=0.001, metavar='W', help='gated: router z-loss')
 
     group = parser.add_argument_group('Distillation')
     group.add_argument('--teacher', metavar='NAME',
                        help='distil from this model: local-dir:DIR or a pretrained timm name')
-    group.add_argument('--kd-temperature', type=float, default=4.0, metavar='T', help='temperature of both softmaxes')
-    group.add_argument('--distill-loss-weight', type=float, metavar='W',
+    group.add_argument('--kd-temperature', type=POSITIVE, default=4.0, metavar='T',
+                       help='temperature of both softmaxes')
+    group.add_argument('--distill-loss-weight', type=NOT_NEGATIVE, metavar='W',
                        help='weight of the KL term (1 if neither is given)')
-    group.add_argument('--task-loss-weight', type=float, metavar='W',
+    group.add_argument('--task-loss-weight', type=NOT_NEGATIVE, metavar='W',
                        help='weight of the label loss; alone, the KL term gets the rest to 1')
-    group.add_argument('--teacher-top1', type=float, metavar='PCT', help='accuracy of the teacher; default: measured')
-    group.add_argument('--dense-top1', type=float, metavar='PCT',
+    group.add_argument('--teacher-top1', type=PERCENT, metavar='PCT', help='accuracy of the teacher; default: measured')
+    group.add_argument('--dense-top1', type=PERCENT, metavar='PCT',
                        help='accuracy of a dense model without a teacher, to report the share of the benefit kept')
 
     group = parser.add_argument_group('Optimizer')
     group.add_argument('--opt', default='adamw', metavar='NAME', help='optimizer of timm.optim')
-    group.add_argument('--opt-eps', type=float, metavar='EPS', help='default: the optimizer\'s')
-    group.add_argument('--opt-betas', type=float, nargs='+', metavar='BETA', help='default: the optimizer\'s')
-    group.add_argument('--momentum', type=float, default=0.9, metavar='M', help='momentum where there is one')
-    group.add_argument('--weight-decay', type=float, default=0.05, metavar='W', help='weight decay')
-    group.add_argument('--clip-grad', type=float, metavar='NORM', help='clip gradients')
+    group.add_argument('--opt-eps', type=NOT_NEGATIVE, metavar='EPS', help='epsilon; default: the optimizer\'s')
+    group.add_argument('--opt-betas', type=BELOW_ONE, nargs='+', metavar='BETA',
+                       help='betas; default: the optimizer\'s')
+    group.add_argument('--momentum', type=BELOW_ONE, default=0.9, metavar='M', help='momentum where there is one')
+    group.add_argument('--weight-decay', type=NOT_NEGATIVE, default=0.05, metavar='W', help='weight decay')
+    group.add_argument('--clip-grad', type=POSITIVE, metavar='NORM', help='clip gradients')
     group.add_argument('--clip-mode', choices=('norm', 'value'), default='norm',
                        help='clip the global norm or each value')
-    group.add_argument('--layer-decay', type=float, metavar='D', help='layer-wise learning rate decay')
-    group.add_argument('--layer-decay-min-scale', type=float, default=0., metavar='S', help='its lowest scale')
-    group.add_argument('--opt-kwargs', nargs='*', default={}, action=_KeyValues, metavar='KEY=VALUE')
-    group.add_argument('--grad-accum-steps', type=_count, default=1, metavar='N', help='micro-batches an update')
+    group.add_argument('--layer-decay', type=NOT_ZERO_SHARE, metavar='D', help='layer-wise learning rate decay')
+    group.add_argument('--layer-decay-min-scale', type=SHARE, default=0., metavar='S', help='its lowest scale')
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=_KeyValues, metavar='KEY=VALUE',
+                       help='further arguments of the optimizer')
+    group.add_argument('--grad-accum-steps', type=COUNT, default=1, metavar='N', help='micro-batches an update')
 
     group = parser.add_argument_group('Learning rate')
-    group.add_argument('--sched', default='cosine', metavar='NAME',
-                       choices=('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant'))
+    group.add_argument('--sched', default='cosine', choices=SCHEDULERS, metavar='NAME',
+                       help=f'course of the learning rate: {", ".join(SCHEDULERS)}')
     group.add_argument('--sched-on-updates', action='store_true', help='step the schedule at each update, not epoch')
-    group.add_argument('--lr', type=float, metavar='LR', help='learning rate; default: from --lr-base')
-    group.add_argument('--lr-base', type=float, default=5e-4, metavar='LR',
+    group.add_argument('--lr', type=NOT_NEGATIVE, metavar='LR', help='learning rate; default: from --lr-base')
+    group.add_argument('--lr-base', type=NOT_NEGATIVE, default=5e-4, metavar='LR',
                        help='learning rate at a batch of --lr-base-size')
-    group.add_argument('--lr-base-size', type=int, default=512, metavar='N', help='images an update')
+    group.add_argument('--lr-base-size', type=COUNT, default=512, metavar='N', help='images an update')
     group.add_argument('--lr-base-scale', choices=('', 'linear', 'sqrt'), default='',
                        help='scaling with the batch; empty: sqrt for adaptive optimizers, else linear')
-    group.add_argument('--epochs', type=_count, default=300, metavar='N', help='epochs to train')
-    group.add_argument('--warmup-epochs', type=int, default=5, metavar='N')
-    group.add_argument('--warmup-lr', type=float, default=1e-6, metavar='LR')
+    group.add_argument('--epochs', type=COUNT, default=300, metavar='N', help='epochs to train')
+    group.add_argument('--warmup-epochs', type=WHOLE, default=5, metavar='N', help='epochs of rising learning rate')
+    group.add_argument('--warmup-lr', type=NOT_NEGATIVE, default=1e-6, metavar='LR',
+                       help='learning rate at their beginning')
     group.add_argument('--warmup-prefix', action='store_true', help='count warm-up epochs apart from --epochs')
-    group.add_argument('--min-lr', type=float, default=0., metavar='LR')
-    group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N')
-    group.add_argument('--decay-epochs', type=float, default=90, metavar='N')
-    group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N')
-    group.add_argument('--decay-rate', type=float, default=0.1, metavar='R')
+    group.add_argument('--min-lr', type=NOT_NEGATIVE, default=0., metavar='LR', help='learning rate at the end')
+    group.add_argument('--cooldown-epochs', type=WHOLE, default=0, metavar='N', help='further epochs at --min-lr')
+    group.add_argument('--decay-epochs', type=POSITIVE, default=90, metavar='N',
+                       help='sched step: epochs from one decay to the next')
+    group.add_argument('--decay-milestones', type=COUNT, nargs='+', default=[90, 180, 270], metavar='N',
+                       help='sched multistep: epochs of decay')
+    group.add_argument('--decay-rate', type=POSITIVE, default=0.1, metavar='R', help='factor of a decay')
 
     group = parser.add_argument_group('Augmentation and regularisation')
     group.add_argument('--no-aug', action='store_true', help='no training augmentation at all')
-    group.add_argument('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'), help='default: rrc')
-    group.add_argument('--scale', type=float, nargs=2, default=[0.08, 1.0], metavar='PCT', help='area of random crops')
-    group.add_argument('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], metavar='R',
+    group.add_argument('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'),
+                       help='how training images are cropped; default: rrc')
+    group.add_argument('--scale', type=NOT_ZERO_SHARE, nargs=2, default=[0.08, 1.0], metavar='PCT',
+                       help='area of random crops')
+    group.add_argument('--ratio', type=POSITIVE, nargs=2, default=[3 / 4, 4 / 3], metavar='R',
                        help='aspect of random crops')
-    group.add_argument('--hflip', type=float, default=0.5, metavar='P')
-    group.add_argument('--vflip', type=float, default=0., metavar='P')
-    group.add_argument('--color-jitter', type=float, default=0.4, metavar='F')
-    group.add_argument('--color-jitter-prob', type=float, metavar='P')
-    group.add_argument('--grayscale-prob', type=float, default=0., metavar='P')
-    group.add_argument('--gaussian-blur-prob', type=float, default=0., metavar='P')
+    group.add_argument('--hflip', type=SHARE, default=0.5, metavar='P', help='probability of a horizontal flip')
+    group.add_argument('--vflip', type=SHARE, default=0., metavar='P', help='probability of a vertical flip')
+    group.add_argument('--color-jitter', type=NOT_NEGATIVE, default=0.4, metavar='F', help='strength of colour jitter')
+    group.add_argument('--color-jitter-prob', type=SHARE, metavar='P', help='its probability; default: always')
+    group.add_argument('--grayscale-prob', type=SHARE, default=0., metavar='P', help='probability of grey')
+    group.add_argument('--gaussian-blur-prob', type=SHARE, default=0., metavar='P', help='probability of a blur')
     group.add_argument('--aa', metavar='NAME', help='RandAugment or AutoAugment, e.g. rand-m9-mstd0.5-inc1')
-    group.add_argument('--reprob', type=float, default=0., metavar='P', help='random erasing')
-    group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'))
-    group.add_argument('--recount', type=int, default=1, metavar='N')
-    group.add_argument('--train-interpolation', default='random', choices=('random', *INTERPOLATIONS))
-    group.add_argument('--mixup', type=float, default=0., metavar='ALPHA')
-    group.add_argument('--cutmix', type=float, default=0., metavar='ALPHA')
-    group.add_argument('--cutmix-minmax', type=float, nargs=2, metavar='R')
-    group.add_argument('--mixup-prob', type=float, default=1., metavar='P')
-    group.add_argument('--mixup-switch-prob', type=float, default=0.5, metavar='P')
-    group.add_argument('--mixup-mode', choices=('batch', 'pair', 'elem'), default='batch')
-    group.add_argument('--mixup-off-epoch', type=int, default=0, metavar='N',
+    group.add_argument('--reprob', type=SHARE, default=0., metavar='P', help='random erasing')
+    group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='what is put there')
+    group.add_argument('--recount', type=COUNT, default=1, metavar='N', help='areas to erase')
+    group.add_argument('--train-interpolation', default='random', choices=('random', *INTERPOLATIONS),
+                       metavar='NAME', help=f'resize interpolation in training: random, {", ".join(INTERPOLATIONS)}')
+    group.add_argument('--mixup', type=NOT_NEGATIVE, default=0., metavar='ALPHA', help='alpha of mixup; 0: off')
+    group.add_argument('--cutmix', type=NOT_NEGATIVE, default=0., metavar='ALPHA', help='alpha of cutmix; 0: off')
+    group.add_argument('--cutmix-minmax', type=SHARE, nargs=2, metavar='R',
+                       help='smallest and largest part to cut, in the place of --cutmix')
+    group.add_argument('--mixup-prob', type=SHARE, default=1., metavar='P', help='probability of mixing a batch')
+    group.add_argument('--mixup-switch-prob', type=SHARE, default=0.5, metavar='P',
+                       help='probability of cutmix where both are on')
+    group.add_argument('--mixup-mode', choices=('batch', 'pair', 'elem'), default='batch',
+                       help='what shares a draw')
+    group.add_argument('--mixup-off-epoch', type=WHOLE, default=0, metavar='N',
                        help='no mixup from this epoch on; 0: never')
-    group.add_argument('--smoothing', type=float, default=0.1, metavar='S', help='label smoothing')
+    group.add_argument('--smoothing', type=BELOW_ONE, default=0.1, metavar='S', help='label smoothing')
     group.add_argument('--bce-loss', action='store_true', help='binary cross-entropy')
     group.add_argument('--bce-sum', action='store_true', help='sum it over classes')
-    group.add_argument('--bce-target-thresh', type=float, metavar='T', help='make soft targets binary above this')
-    group.add_argument('--drop', type=float, metavar='P', help='dropout')
-    group.add_argument('--drop-path', type=float, metavar='P', help='stochastic depth')
+    group.add_argument('--bce-target-thresh', type=SHARE, metavar='T', help='make soft targets binary above this')
+    group.add_argument('--drop', type=BELOW_ONE, metavar='P', help='dropout')
+    group.add_argument('--drop-path', type=BELOW_ONE, metavar='P', help='stochastic depth')
 
     group = parser.add_argument_group('Averages over time')
     group.add_argument('--model-ema', action='store_true', help='keep an exponential moving average of the weights')
-    group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='D')
+    group.add_argument('--model-ema-decay', type=SHARE, default=0.9998, metavar='D', help='decay an update')
     group.add_argument('--model-ema-warmup', action='store_true', help='let the decay rise from 0')
 
     group = parser.add_argument_group('Run')
-    group.add_argument('--seed', type=int, default=42, metavar='N')
+    group.add_argument('--seed', type=WHOLE, default=42, metavar='N', help='of all random numbers')
     group.add_argument('--amp', action='store_true', help='mixed precision (or by accelerate launch)')
-    group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16')
-    group.add_argument('-vb', '--validation-batch-size', type=_count, metavar='N', help='default: --batch-size')
+    group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='with --amp')
+    group.add_argument('-vb', '--validation-batch-size', type=COUNT, metavar='N', help='default: --batch-size')
     group.add_argument('--pin-mem', action='store_true', help='pin host memory of batches')
-    group.add_argument('--log-interval', type=_count, default=50, metavar='N', help='updates between log entries')
-    group.add_argument('--val-interval', type=_count, default=1, metavar='N', help='epochs between validations')
-    group.add_argument('--checkpoint-hist', type=_count, default=2, metavar='N', help='checkpoints to keep')
+    group.add_argument('--log-interval', type=COUNT, default=50, metavar='N', help='updates between log entries')
+    group.add_argument('--val-interval', type=COUNT, default=1, metavar='N', help='epochs between validations')
+    group.add_argument('--checkpoint-hist', type=COUNT, default=2, metavar='N', help='checkpoints to keep')
     group.add_argument('--eval-metric', choices=('top1', 'top5', 'loss'), default='top1',
                        help='what best/ is chosen by')
     group.add_argument('--output', default='output', metavar='DIR', help='parent of all experiments')
@@ -276,9 +353,25 @@ def train_parser() -> Parser:
     return parser
 
 
+def check_together(args: argparse.Namespace) -> None:
+    """What flags of `train.py` must be to each other.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if args.warmup_epochs > args.epochs and not args.warmup_prefix:
+        raise ValueError(
+            f'--warmup-epochs {args.warmup_epochs} is beyond --epochs {args.epochs}: give less, or --warmup-prefix to '
+            f'add them.')
+    for flag in ('scale', 'ratio', 'cutmix_minmax'):
+        pair = vars(args)[flag]
+        if pair and pair[0] > pair[1]:
+            raise ValueError(f'--{flag.replace("_", "-")} {pair[0]:g} {pair[1]:g}: the smaller number comes first.')
+
+
 def convert_parser() -> Parser:
     """The options of `convert.py`."""
-    parser = Parser(prog='convert.py',
+    parser = Parser(prog='convert.py', usage='%(prog)s SRC --output DIR [--FLAG VALUE ...]',
                     description='Turn a MoE model into a dense one and export it as a vanilla timm folder.')
     parser.add_argument('source', metavar='SRC', help='model folder, checkpoint folder, .safetensors / .pth file, or '
                         'with --from the released files')
@@ -289,7 +382,7 @@ def convert_parser() -> Parser:
                         help='replace the model in DIR if there is one; other files there stay')
     parser.add_argument('--method', default='average', choices=(*METHODS, 'all'), metavar='NAME',
                         help=f'how experts become one FFN: {", ".join(METHODS)}; all compares them and writes the best')
-    parser.add_argument('--calibration-images', type=_count, default=1024, metavar='N',
+    parser.add_argument('--calibration-images', type=COUNT, default=1024, metavar='N',
                         help='training images for methods and reports that need data')
     parser.add_argument('--report', metavar='DIR', help='also write a page on what the experts do')
     parser.add_argument('--use-ema', action='store_true', help='convert the EMA weights')
@@ -297,7 +390,7 @@ def convert_parser() -> Parser:
     group = parser.add_argument_group('Methods', '. '.join(
         f'{method.name}: {method.summary}' + f' ({method.source})' * bool(method.source)
         for method in METHODS.values()).replace('`', ''))
-    group.add_argument('--k', type=int, metavar='N',
+    group.add_argument('--k', type=COUNT, metavar='N',
                        help='routed experts kept; default: as many as the vanilla width holds')
     for name, (option, takers) in _method_options().items():
         settings: Dict[str, Any] = dict(default=None, help=f'{", ".join(takers)}: {option.help}')

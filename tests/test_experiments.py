@@ -14,7 +14,14 @@ from ewa.moe import MeanFormMoE, moe_layers
 from ewa.options import convert_parser, train_parser
 from experiments import runner, setting, studies
 from experiments.baselines import (
-    LAYERS, FusedMoE, ImagePartitionMoE, LearnedFusionMoE, OneExpertMoE, RandomSignsMoE, baseline, slow_ffns,
+    LAYERS,
+    FusedMoE,
+    ImagePartitionMoE,
+    LearnedFusionMoE,
+    OneExpertMoE,
+    RandomSignsMoE,
+    baseline,
+    slow_ffns,
 )
 from experiments.data import subset
 from experiments.runner import Run, arguments, read_results, record, run_stage

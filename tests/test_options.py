@@ -6,7 +6,14 @@ import yaml
 
 from ewa.gathering import METHODS
 from ewa.moe import ROUTERS, RandomPartitionMoE, moe_layers
-from ewa.options import MOE_FLAGS, convert_parser, gathering_options, moe_arguments, train_parser
+from ewa.options import (
+    MOE_FLAGS,
+    check_together,
+    convert_parser,
+    gathering_options,
+    moe_arguments,
+    train_parser,
+)
 from ewa.sources import build_model
 from ewa.upcycle import ARGUMENTS
 from runs import ROOT, fails
@@ -167,3 +174,37 @@ def test_options_go_to_the_methods_that_take_them():
 def test_an_option_that_no_method_takes_is_refused(flags, methods, message):
     with pytest.raises(ValueError, match=message):
         gathering_options(convert(*flags), methods)
+
+
+@pytest.mark.parametrize('line, words', [
+    ('--clip-grad -1', '--clip-grad: -1 is not a number (above 0)'),
+    ('--hflip 2', '--hflip: 2 is not a number (0 to 1)'),
+    ('--layer-decay nan', '--layer-decay: nan is not a number (above 0 to 1)'),
+    ('--smoothing 1', '--smoothing: 1 is not a number (0 to below 1)'),
+    ('--lr inf', '--lr: inf is not a number (at l'),
+    ('--epochs 1.5', '--epochs: 1.5 is not a whole number (at least 1)'), ('--mean nan', '--mean: nan is not a number'),
+    ('--model-ema-decay 2', '--model-ema-decay: 2 is not a number (0 to 1)'), ('--seed -1', '--seed: -1 is not a whole'),
+])
+def test_numbers_have_ranges(line, words, capsys):
+    with pytest.raises(SystemExit) as e:
+        train_parser().parse_args(line.split())
+    assert e.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_every_flag_says_what_it_is_and_no_default_is_none():
+    for parser in (train_parser(), convert_parser()):
+        assert all(action.help for action in parser._actions)
+        text = ' '.join(parser.format_help().split())
+        assert 'None' not in text
+        for action in parser._actions:
+            if action.choices and action.option_strings:
+                assert all(str(choice) in text for choice in action.choices)
+
+
+@pytest.mark.parametrize('line, words', [
+    ('--warmup-epochs 301', 'beyond --epochs 300'), ('--scale 1 0.1', 'the smaller number comes first'),
+    ('--cutmix-minmax 0.8 0.2', 'the smaller number comes first')])
+def test_flags_that_contradict_each_other(line, words):
+    with pytest.raises(ValueError, match=words):
+        check_together(train_parser().parse_args(line.split()))
+    check_together(train_parser().parse_args(['--warmup-epochs', '301', '--warmup-prefix']))
