@@ -199,7 +199,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--std', type=POSITIVE, nargs='+', metavar='STD',
                        help='pixel standard deviation; default: the model\'s')
     group.add_argument('--interpolation', default='', choices=('', *INTERPOLATIONS), metavar='NAME',
-                       help='resize interpolation; default: the model\'s')
+                       help=f'resize interpolation: {", ".join(INTERPOLATIONS)}; default: the model\'s')
     group.add_argument('-b', '--batch-size', type=COUNT, default=128, metavar='N',
                        help='images a process and micro-batch')
     group.add_argument('-j', '--workers', type=WHOLE, default=4, metavar='N', help='data loading processes')

@@ -182,8 +182,10 @@ def test_an_option_that_no_method_takes_is_refused(flags, methods, message):
     ('--layer-decay nan', '--layer-decay: nan is not a number (above 0 to 1)'),
     ('--smoothing 1', '--smoothing: 1 is not a number (0 to below 1)'),
     ('--lr inf', '--lr: inf is not a number (at l'),
-    ('--epochs 1.5', '--epochs: 1.5 is not a whole number (at least 1)'), ('--mean nan', '--mean: nan is not a number'),
-    ('--model-ema-decay 2', '--model-ema-decay: 2 is not a number (0 to 1)'), ('--seed -1', '--seed: -1 is not a whole'),
+    ('--epochs 1.5', '--epochs: 1.5 is not a whole number (at least 1)'),
+    ('--mean nan', '--mean: nan is not a number'),
+    ('--model-ema-decay 2', '--model-ema-decay: 2 is not a number (0 to 1)'),
+    ('--seed -1', '--seed: -1 is not a whole'),
 ])
 def test_numbers_have_ranges(line, words, capsys):
     with pytest.raises(SystemExit) as e:
