@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from .gathering import ExpertStatistics
 from .moe import (
-    MoELayer, are_alike, evaluating, fuse_experts, is_gated, moe_layers, on_tokens, route, takes_images, to_tokens,
+    MoELayer,
+    are_alike,
+    evaluating,
+    fuse_experts,
+    is_gated,
+    moe_layers,
+    on_tokens,
+    route,
+    takes_images,
+    to_tokens,
 )
 
 _CHUNK = 4096  # tokens that all experts are evaluated on at once

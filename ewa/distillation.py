@@ -15,11 +15,8 @@ def check_weights(args: argparse.Namespace) -> None:
     """Check the flags of a distillation before anything is built for it.
 
     Raises:
-        ValueError: A temperature or weight is too small, or a label weight leaves the KL term less than nothing.
+        ValueError: The weight of the label loss leaves the KL term less than nothing.
     """
-    for key, low in (('kd_temperature', 1e-6), ('distill_loss_weight', 0.), ('task_loss_weight', 0.)):
-        if vars(args)[key] is not None and vars(args)[key] < low:
-            raise ValueError(f'--{key.replace("_", "-")} {vars(args)[key]} is too small.')
     if args.distill_loss_weight is None and (args.task_loss_weight or 0.) > 1:
         raise ValueError(
             f'--task-loss-weight {args.task_loss_weight}: alone it can be at most 1, the KL term gets the rest; or '

@@ -123,8 +123,10 @@ def test_layers_as_text(text, layers):
 
 def test_only_given_expert_flags_are_passed():
     assert moe_arguments(parse()) == {}
-    assert moe_arguments(parse('--num-experts', 8, '--router', 'topk', '--top-k', 3, '--num-shared', 1,
-                               '--expert-ratio', 0.5, '--expert-init', 'copy', '--expert-form', 'mean', '--spread', 0.5)) == dict(
+    given = parse(
+        '--num-experts', 8, '--router', 'topk', '--top-k', 3, '--num-shared', 1, '--expert-ratio', 0.5,
+        '--expert-init', 'copy', '--expert-form', 'mean', '--spread', 0.5)
+    assert moe_arguments(given) == dict(
         num_experts=8, router='topk', top_k=3, num_shared=1, expert_ratio=0.5, init='copy', form='mean', spread=0.5)
     with pytest.raises(ValueError, match='1,x'):
         moe_arguments(parse('--moe-layers', '1,x'))
