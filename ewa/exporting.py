@@ -1,11 +1,14 @@
-"""Folders out: what `timm.create_model('local-dir:DIR', pretrained=True)` loads."""
+"""Folders out: what `timm.create_model('local-dir:DIR', pretrained=True)` loads, and transformers."""
 import copy
+import json
 import os
 import shutil
+import sys
 import tempfile
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Union
+from typing import Any, Dict, Iterator, Optional, Sequence, Union
 
 import safetensors.torch
 import timm
@@ -13,14 +16,17 @@ import torch
 from safetensors import SafetensorError
 from timm.models import get_model_input_config, save_for_hf
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .foreign import foreign
 from .identity import WEIGHT_CFG, plain_forward
+from .model_card import CARD, OURS, model_card
 from .moe import evaluating, moe_layers
 from .version import __version__
 
 PathLike = Union[str, os.PathLike]
 # what belongs to the model in a folder (the third is of timm's own writer)
+_DATA_CONFIG = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
 FILES = ('config.json', 'model.safetensors', 'pytorch_model.bin', 'ema.safetensors', 'model.onnx')
 
 
@@ -39,7 +45,8 @@ def _fsync(path: Path) -> None:
 def replace_folder(new: Path, final: Path, ours: Optional[Sequence[str]] = None) -> None:
     """Give a complete folder its final name; what was there before stays until the new one is safely on disk.
 
-    With `ours`, names of files, all others in the folder that is replaced move to the new one.
+    With `ours`, names of files, all others in the folder that is replaced move to the new one, and so does a model card
+    that is not as `export` wrote it.
     """
     for path in [*new.iterdir(), new]:
         _fsync(path)
@@ -59,9 +66,35 @@ def replace_folder(new: Path, final: Path, ours: Optional[Sequence[str]] = None)
         replaced = old / final.name
         if ours is not None and not replaced.is_symlink():
             for path in replaced.iterdir():
-                if path.name not in ours:
+                if path.name not in ours and not (path.name == CARD and OURS in path.read_text(errors='replace')):
                     os.rename(path, final / path.name)
         shutil.rmtree(old)
+
+
+@contextmanager
+def _new_folder(directory: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to write into, which gets its final name if nothing is raised.
+
+    Raises:
+        FileExistsError: The final one exists and `overwrite` is not set, or it is no model folder.
+    """
+    if directory.exists() and not overwrite:
+        raise FileExistsError(f'{directory} exists; give another folder or ask to overwrite it.')
+    if directory.exists() and not (directory / 'config.json').is_file() and (
+            not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f'{directory} is not a model folder, so it is not replaced.')
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f'.{directory.name}.new-', dir=directory.parent))
+    try:
+        yield new
+        umask = os.umask(0)
+        os.umask(umask)
+        new.chmod(0o777 & ~umask)  # mkdtemp and safetensors make private ones
+        for path in new.iterdir():
+            path.chmod(0o666 & ~umask)
+        replace_folder(new, directory, ours=FILES)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def write_folder(
@@ -74,6 +107,7 @@ def write_folder(
         overwrite: bool = False,
         verify: bool = True,
         onnx: bool = False,
+        card: bool = False,
 ) -> None:
     """Write a timm model, dense or MoE, as a folder that appears whole or not at all.
 
@@ -88,6 +122,7 @@ def write_folder(
         overwrite: Replace an existing model folder; what others put into it stays.
         verify: Load the folder strictly and compare outputs before it gets its final name.
         onnx: Also write `model.onnx` and compare what onnxruntime computes with it.
+        card: Also write a model card, `README.md`.
 
     Raises:
         FileExistsError: The folder exists and `overwrite` is not set.
@@ -103,12 +138,6 @@ def write_folder(
             f'folder of it could be loaded again. Create the model with timm.create_model.')
     if class_names is not None and len(class_names) != model.num_classes:
         raise ValueError(f'{len(class_names)} class names were given for a model of {model.num_classes} classes.')
-    if directory.exists() and not overwrite:
-        raise FileExistsError(f'{directory} exists; give another folder or ask to overwrite it.')
-    if directory.exists() and not (directory / 'config.json').is_file() and (
-            not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f'{directory} is not a model folder, so it is not replaced.')
-
     model = copy.copy(model)  # shallow: only what is replaced here
     plain_forward(model)
     if not all(value.is_contiguous() for value in model.state_dict().values()):  # channels_last
@@ -117,25 +146,24 @@ def write_folder(
     extra: Dict[str, Any] = {'ewa': {**(provenance or {}), 'versions': versions()}}
     if class_names is not None:
         extra['label_names'] = list(class_names)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f'.{directory.name}.new-', dir=directory.parent))
-    try:
+    with _new_folder(directory, overwrite) as new:
         with foreign(f'{directory} can\'t be written', TypeError, RuntimeError, SafetensorError):
             save_for_hf(model, str(new), model_config=extra, safe_serialization=True, data_config=data_config)
+        config = json.loads((new / 'config.json').read_text())
+        # it stands at the top too, where timm and transformers look; transformers would be given it twice
+        config.get('model_args', {}).pop('num_classes', None)
+        (new / 'config.json').write_text(json.dumps(config, indent=2))
         if ema is not None:
             safetensors.torch.save_file({k: v.contiguous() for k, v in ema.items()}, new / 'ema.safetensors')
         if verify:
             _verify(model, new)
         if onnx:
             _write_onnx(model, new / 'model.onnx')
-        umask = os.umask(0)
-        os.umask(umask)
-        new.chmod(0o777 & ~umask)  # mkdtemp and safetensors make private ones
-        for path in new.iterdir():
-            path.chmod(0o666 & ~umask)
-        replace_folder(new, directory, ours=FILES)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+        if card:
+            (new / CARD).write_text(model_card(
+                directory.name, 'timm', config['architecture'], _size(model), config['ewa'],
+                num_classes=config['num_classes'], class_names=config.get('label_names'),
+                data_config=config['pretrained_cfg']))
 
 
 @torch.no_grad()
@@ -194,6 +222,111 @@ def versions() -> Dict[str, str]:
     return {'ewa': __version__, 'timm': timm.__version__, 'torch': str(torch.__version__)}
 
 
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside wrappers: of DDP and `torch.compile`, transformers' TimmWrapper, a LightningModule.
+
+    Raises:
+        ValueError: A LightningModule has weights in more than one of its parts.
+    """
+    while True:
+        inner = next((getattr(model, n) for n in ('module', '_orig_mod', 'timm_model') if hasattr(model, n)), None)
+        if not isinstance(inner, nn.Module):
+            if not any(c.__name__ == 'LightningModule' for c in type(model).__mro__):
+                return model
+            parts = {name: part for name, part in model.named_children() if next(part.parameters(), None) is not None}
+            if len(parts) != 1 or any(p is not None for p in model._parameters.values()):
+                raise ValueError(
+                    f'{type(model).__name__} has weights in {" and ".join(parts) or "itself"}: export the part that is '
+                    f'to be loaded again.')
+            inner = next(iter(parts.values()))
+        model = inner
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    names = [f'{c.__module__}.{c.__name__}' for c in type(model).__mro__]
+    return 'transformers.modeling_utils.PreTrainedModel' in names
+
+
+def _class_names(model: Any) -> Optional[Sequence[str]]:
+    """Those that a transformers model was given."""
+    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    return None if names == [f'LABEL_{i}' for i in range(len(names))] else names
+
+
+def _write_transformers(
+        model: Any, directory: Path, class_names: Optional[Sequence[str]], provenance: Dict[str, Any], overwrite: bool,
+) -> None:
+    model = copy.copy(model)  # shallow: only what is replaced here
+    plain_forward(model)
+    model.config = copy.deepcopy(model.config)
+    if class_names is not None:
+        if len(class_names) != model.config.num_labels:
+            raise ValueError(
+                f'{len(class_names)} class names were given for a model of {model.config.num_labels} classes.')
+        model.config.id2label = dict(enumerate(class_names))
+        model.config.label2id = {name: i for i, name in enumerate(class_names)}
+    name = type(model).__name__
+    classifies = name.endswith('ForImageClassification')
+    with _new_folder(directory, overwrite) as new:
+        with foreign(f'{directory} can\'t be written', TypeError, ValueError, RuntimeError, SafetensorError):
+            model.save_pretrained(new)
+        _verify_transformers(model, new)
+        (new / CARD).write_text(model_card(
+            directory.name, 'transformers', model.config.model_type, _size(model),
+            {**provenance, 'versions': {**versions(), 'transformers': sys.modules['transformers'].__version__}}, name,
+            model.config.num_labels if classifies else None, _class_names(model) if classifies else None))
+
+
+@torch.no_grad()
+def _verify_transformers(model: Any, directory: Path) -> None:
+    reference = next(model.parameters())
+    with foreign('The exported folder can\'t be loaded again'):
+        loaded, info = type(model).from_pretrained(directory, output_loading_info=True)
+    loaded = loaded.to(device=reference.device, dtype=reference.dtype).eval()
+    written, read = model.state_dict(), loaded.state_dict()
+    if any(info.values()) or list(written) != list(read) or not all(torch.equal(written[k], read[k]) for k in written):
+        raise NotVerified('The exported folder does not load to the weights that were written.')
+    inputs = {key: value.to(reference.device) for key, value in _inputs(model).items()}
+    if inputs:
+        with evaluating(model):
+            outputs = [tree_leaves(tuple(m(**inputs).values())) for m in (model, loaded)]
+        if not all(torch.equal(a, b) for a, b in zip(*outputs) if isinstance(a, Tensor)):
+            raise NotVerified('The exported folder does not compute the outputs of the model that was written.')
+
+
+def _inputs(model: Any) -> Dict[str, Tensor]:
+    """Random inputs of a transformers model of images or of text; empty for others."""
+    generator = torch.Generator().manual_seed(0)
+    config = getattr(model.config, 'vision_config', model.config)
+    if model.main_input_name == 'pixel_values' and hasattr(config, 'image_size'):
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        images = torch.randn(2, getattr(config, 'num_channels', 3), height, width, generator=generator)
+        return dict(pixel_values=images.to(model.dtype))
+    if model.main_input_name == 'input_ids' and hasattr(config, 'vocab_size'):
+        return dict(input_ids=torch.randint(config.vocab_size, (2, 8), generator=generator))
+    return {}
+
+
+def _write_state_dict(model: nn.Module, directory: Path, provenance: Dict[str, Any], overwrite: bool) -> None:
+    name = type(model).__name__
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    config: Dict[str, Any] = dict(library='torchvision', model_class=f'{type(model).__module__}.{name}',
+                  ewa={**provenance, 'versions': versions()})
+    with _new_folder(directory, overwrite) as new:
+        with foreign(f'{directory} can\'t be written', RuntimeError, SafetensorError):
+            safetensors.torch.save_file(weights, new / 'model.safetensors')
+        read = safetensors.torch.load_file(new / 'model.safetensors')
+        if read.keys() != weights.keys() or not all(torch.equal(read[k].to(v.device), v) for k, v in weights.items()):
+            raise NotVerified('The exported file does not hold the weights that were written.')
+        (new / 'config.json').write_text(json.dumps(config, indent=2))
+        (new / CARD).write_text(model_card(directory.name, 'torchvision', name, _size(model), config['ewa']))
+
+
 def export(
         model: nn.Module,
         directory: PathLike,
@@ -203,18 +336,24 @@ def export(
         overwrite: bool = False,
         onnx: bool = False,
 ) -> None:
-    """Write a dense timm model as a vanilla folder, which never needs this package to be loaded.
+    """Write a dense model as a vanilla folder with a model card, which never needs this package to be loaded.
 
-    Afterwards `timm.create_model('local-dir:DIRECTORY', pretrained=True)` builds it. (Without `pretrained=True`, timm
-    silently leaves the weights random.) The folder is loaded strictly and its output compared, bit for bit, before it
-    appears under its final name. It claims nobody's pretrained tag and no licence.
+    A timm model is afterwards built by `timm.create_model('local-dir:DIRECTORY', pretrained=True)` (without
+    `pretrained=True`, timm silently leaves the weights random), and by transformers'
+    `AutoModelForImageClassification.from_pretrained(DIRECTORY)`. A transformers model is written by its own
+    `save_pretrained`. Either folder is loaded strictly and its output compared, bit for bit, before it appears under
+    its final name. Of a torchvision model the state dict is written, `model.safetensors`. No folder claims a pretrained
+    tag or a licence.
 
     Args:
-        model: A dense model, as `ewa.to_dense` returns it.
-        directory, class_names, data_config, provenance, overwrite, onnx: See `write_folder`.
+        model: A dense model, as `ewa.to_dense` returns it; wrappers (DDP, `torch.compile`, a LightningModule,
+            transformers' TimmWrapper) are taken off.
+        directory, class_names, overwrite: See `write_folder`.
+        data_config, onnx: Likewise, of timm models only. (An image processor of transformers is saved by itself.)
+        provenance: Further entries beside what `to_dense` noted, see `write_folder`.
 
     Raises:
-        ValueError: The model has MoE layers, or timm can't build it by a name.
+        ValueError: The model has MoE layers, or it is of none of the three libraries.
         FileExistsError: The folder exists and `overwrite` is not set.
         NotVerified: What was written does not load to the same outputs.
     """
@@ -222,4 +361,19 @@ def export(
     if names:
         raise ValueError(f'The model has MoE layers ({", ".join(names)}); export ewa.to_dense(model) instead.')
     provenance = {**getattr(model, 'conversion', {}), **(provenance or {})}
-    write_folder(model, directory, class_names, data_config, provenance, overwrite=overwrite, onnx=onnx)
+    if hasattr(model, 'timm_model'):  # transformers' wrapper knows what images its weights want
+        cfg = getattr(getattr(model, 'config', None), 'pretrained_cfg', None) or {}
+        data_config = data_config or {key: cfg[key] for key in _DATA_CONFIG if key in cfg} or None
+        class_names = class_names or _class_names(model)
+    model = unwrap(model)
+    of_torchvision = type(model).__module__.startswith('torchvision.')
+    if not (of_torchvision or _is_of_transformers(model)):
+        write_folder(
+            model, directory, class_names, data_config, provenance, overwrite=overwrite, onnx=onnx, card=True)
+    elif data_config or onnx or (of_torchvision and class_names):
+        raise ValueError(
+            f'{type(model).__name__} is not of timm: leave data_config and onnx out, and class_names of torchvision.')
+    elif of_torchvision:
+        _write_state_dict(model, Path(directory), provenance, overwrite)
+    else:
+        _write_transformers(model, Path(directory), class_names, provenance, overwrite)

@@ -1,6 +1,7 @@
 """What a timm model says of itself (`pretrained_cfg`, `_model_args`), and what is written there when it becomes a MoE
 or dense, so that timm itself can save it and build it again.
 """
+import warnings
 from types import MethodType
 from typing import Any, Dict, Iterable, Mapping
 
@@ -9,7 +10,7 @@ from timm.models import create_model, is_model, split_model_name_tag
 from torch import nn
 
 from .ffn import block_of, find_ffns, layout_of
-from .moe import MoELayer, layer_pieces, pulled
+from .moe import MoELayer, layer_pieces, moe_layers, pulled
 
 # entries of a `pretrained_cfg` that speak of somebody's weights rather than of the model's input
 WEIGHT_CFG = (
@@ -23,8 +24,27 @@ def architecture(model: nn.Module) -> str:
     return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or ''
 
 
+def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """What transformers saves a model with, in the place of its own method while the model has MoE layers.
+
+    Named as that method, so that a pickled model finds it.
+    """
+    warnings.warn(
+        f'{type(model).__name__} has MoE layers, but its folder carries the name of the dense architecture: '
+        f'from_pretrained would leave its FFNs random. Read model.safetensors with load_state_dict after ewa.to_moe, '
+        f'and ship ewa.export(ewa.to_dense(model), DIRECTORY).', stacklevel=2)
+    # the names of parameters as they are, not those of older releases: as load_state_dict and Trainer read them
+    return type(model).save_pretrained(model, *args, **{'save_original_format': False, **kwargs})
+
+
 def describe_moe(model: nn.Module, arguments: Mapping[str, Any]) -> None:
-    """Make a timm model say that it was converted by `to_moe(model, **arguments)`: `vit_ewa` with its host."""
+    """Make a timm model say that it was converted by `to_moe(model, **arguments)`: `vit_ewa` with its host.
+
+    A model of transformers has no way to say it, so it warns when it is saved.
+    """
+    for part in model.modules():
+        if hasattr(type(part), 'save_pretrained') and next(moe_layers(part), None) is not None:
+            part.save_pretrained = MethodType(save_pretrained, part)
     host = architecture(model)
     if not host:
         return
@@ -35,6 +55,8 @@ def describe_moe(model: nn.Module, arguments: Mapping[str, Any]) -> None:
 
 def describe_dense(model: nn.Module, arguments: Iterable[str]) -> None:
     """Undo `describe_moe`, whose arguments have these names."""
+    for part in model.modules():
+        part.__dict__.pop('save_pretrained', None)
     args = dict(getattr(model, '_model_args', {}))
     host = args.pop('host', None)
     if host is None:

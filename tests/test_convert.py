@@ -51,7 +51,7 @@ def test_the_vanilla_folder_computes_what_the_moe_computes(trained, folder, out,
     assert config['label_names'] == config_of(trained / 'last')['label_names']
     assert config['pretrained_cfg']['mean'] == [0.286] and config['pretrained_cfg']['input_size'] == [1, 28, 28]
     assert config['ewa']['updates'] == 10 and config['ewa']['method'] == 'average'
-    assert sorted(os.listdir(out)) == ['config.json', 'model.safetensors'] and files(trained) == before
+    assert sorted(os.listdir(out)) == ['README.md', 'config.json', 'model.safetensors'] and files(trained) == before
 
     text = capsys.readouterr().out
     millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (moe, ewa.to_dense(moe))]

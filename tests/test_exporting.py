@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from copy import deepcopy
 from pathlib import Path
 
@@ -9,11 +10,15 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torchvision.models import VisionTransformer
 
 import ewa
 import ewa.exporting
 from ewa.exporting import write_folder
+from ewa.model_card import OURS
 from ewa.moe import moe_layers
+from gated import scatter
 
 SWIN = dict(depth=None, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2))
 
@@ -41,7 +46,7 @@ def test_folder_is_vanilla_and_complete(vit, images, tmp_path):
     ewa.export(vit, tmp_path / 'deep' / 'out', names, data_config, provenance={'method': 'average', 'seed': 3})
 
     out = tmp_path / 'deep' / 'out'
-    assert sorted(contents(out)) == ['config.json', 'model.safetensors']
+    assert sorted(contents(out)) == ['README.md', 'config.json', 'model.safetensors']
     assert os.listdir(tmp_path / 'deep') == ['out']
     config = config_of(out)
     assert config['architecture'] == 'vit_tiny_patch16_224' and config['num_classes'] == 10
@@ -53,7 +58,7 @@ def test_folder_is_vanilla_and_complete(vit, images, tmp_path):
     assert not any(config['pretrained_cfg'].get(k) for k in ('url', 'hf_hub_id', 'file', 'origin_url', 'paper_ids'))
     assert config['ewa']['method'] == 'average' and config['ewa']['seed'] == 3
     assert config['ewa']['versions'] == {'ewa': ewa.__version__, 'timm': timm.__version__, 'torch': torch.__version__}
-    assert not {'host', 'num_experts', 'layers', 'router'} & config['model_args'].keys()
+    assert not {'host', 'num_experts', 'layers', 'router', 'num_classes'} & config['model_args'].keys()
     assert list(load_file(out / 'model.safetensors')) == sorted(before)
 
     loaded = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
@@ -166,7 +171,7 @@ class TestExistingFolder:
         (out / '.git' / 'HEAD').write_text('main')
         ewa.export(vit, out, overwrite=True)
         # what others put there stays
-        assert sorted(os.listdir(out)) == ['.git', 'config.json', 'model.safetensors', 'notes.txt']
+        assert sorted(os.listdir(out)) == ['.git', 'README.md', 'config.json', 'model.safetensors', 'notes.txt']
         assert (out / '.git' / 'HEAD').read_text() == 'main' and (out / 'notes.txt').read_text() == 'mine'
         assert 'which' not in config_of(out)['ewa'] and os.listdir(out.parent) == ['out']
         # also where the folder is somewhere else
@@ -175,6 +180,15 @@ class TestExistingFolder:
         assert (out / 'notes.txt').exists() and sorted(os.listdir(out.parent)) == ['link', 'out']
         read = load_file(out / 'model.safetensors')
         assert all(torch.equal(read[key], value) for key, value in vit.state_dict().items())
+
+    def test_a_card_is_replaced_unless_somebody_made_it_theirs(self, vit, out):
+        first = (out / 'README.md').read_text()
+        ewa.export(vit, out, ['new'] * 10, overwrite=True)
+        assert first != (out / 'README.md').read_text() and 'new, new' in (out / 'README.md').read_text()
+        mine = (out / 'README.md').read_text().replace(OURS + '\n', '') + 'and more'
+        (out / 'README.md').write_text(mine)
+        ewa.export(vit, out, overwrite=True)
+        assert (out / 'README.md').read_text() == mine
 
     def test_survives_a_failing_write(self, vit, out, monkeypatch):
         def fail(model, directory, **kwargs):
@@ -292,3 +306,134 @@ class TestMoEFolder:
         fresh = timm.create_model(f'local-dir:{tmp_path / "out"}')
         assert repr(fresh) == repr(model) and len(list(moe_layers(fresh))) == 2
         assert not torch.equal(fresh.head.weight, model.head.weight)
+
+
+@pytest.fixture
+def transformers():
+    return pytest.importorskip('transformers')
+
+
+class TestTransformers:
+    @pytest.fixture
+    def hf(self, transformers):
+        torch.manual_seed(0)
+        config = transformers.ViTConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32,
+            patch_size=8, num_labels=3)
+        return scatter(ewa.to_moe(transformers.ViTForImageClassification(config), init='independent')).eval()
+
+    @pytest.mark.parametrize('name, kwargs', [
+        ('vit_tiny_patch16_224', {}), ('swin_tiny_patch4_window7_224', SWIN),
+        ('deit_tiny_distilled_patch16_224', dict(in_chans=1)),
+    ])
+    def test_loads_a_folder_of_a_timm_model(self, transformers, tiny, tmp_path, name, kwargs):
+        model = ewa.to_dense(scatter(ewa.to_moe(tiny(name, **kwargs)))).eval()
+        names = [f'class {i}' for i in range(10)]
+        ewa.export(model, tmp_path / 'out', names)
+        loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'out').eval()
+        images = torch.randn(2, kwargs.get('in_chans', 3), 32, 32)
+        assert torch.equal(loaded(images).logits, model(images))
+        assert list(loaded.config.id2label.values()) == names
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / 'out')
+        assert tuple(processor.data_config['input_size'][1:]) == (32, 32)
+        # and back, out of the wrapper
+        ewa.export(loaded, tmp_path / 'back')
+        again = timm.create_model(f'local-dir:{tmp_path / "back"}', pretrained=True).eval()
+        assert torch.equal(again(images), model(images)) and config_of(tmp_path / 'back')['label_names'] == names
+
+    def test_a_model_of_its_own_gets_its_own_folder(self, transformers, hf, images, tmp_path):
+        dense = ewa.to_dense(hf)
+        ewa.export(dense, tmp_path / 'out', ['a', 'b', 'c'])
+        assert sorted(os.listdir(tmp_path / 'out')) == ['README.md', 'config.json', 'model.safetensors']
+        loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'out').eval()
+        assert type(loaded) is type(dense) and list(loaded.state_dict()) == list(dense.state_dict())
+        assert torch.equal(loaded(images).logits, hf(images).logits)
+        assert loaded.config.id2label == {0: 'a', 1: 'b', 2: 'c'} and dense.config.id2label[0] == 'LABEL_0'
+        card = (tmp_path / 'out' / 'README.md').read_text()
+        assert 'library_name: transformers' in card and 'ViTForImageClassification' in card and 'a, b, c' in card
+        with pytest.raises(FileExistsError):
+            ewa.export(dense, tmp_path / 'out')
+        with pytest.raises(ValueError, match='2 class names were given for a model of 3'):
+            ewa.export(dense, tmp_path / 'new', ['a', 'b'])
+        with pytest.raises(ValueError, match='is not of timm: leave data_config and onnx out'):
+            ewa.export(dense, tmp_path / 'new', onnx=True)
+        assert os.listdir(tmp_path) == ['out']
+
+    @pytest.mark.parametrize('wrong', ['weights', 'outputs'])
+    def test_its_folder_is_checked(self, hf, tmp_path, monkeypatch, wrong):
+        load = type(hf).from_pretrained.__func__
+
+        def load_wrong(cls, *args, **kwargs):
+            loaded, info = load(cls, *args, **kwargs)
+            if wrong == 'weights':
+                loaded.classifier.bias.data[0] += 1
+            else:
+                loaded.classifier.register_forward_hook(lambda module, args, out: out + 1)
+            return loaded, info
+
+        monkeypatch.setattr(type(hf), 'from_pretrained', classmethod(load_wrong))
+        with pytest.raises(ewa.exporting.NotVerified, match=wrong):
+            ewa.export(ewa.to_dense(hf), tmp_path / 'out')
+        assert not os.listdir(tmp_path)
+
+    def test_a_moe_model_warns_when_it_is_saved_under_the_dense_name(self, hf, images, tmp_path):
+        torch.save(hf, tmp_path / 'whole.pt')
+        copied = deepcopy(hf)
+        for model in (hf, copied):
+            with pytest.warns(UserWarning, match='ViTForImageClassification has MoE layers.*from_pretrained would'):
+                model.save_pretrained(tmp_path / 'moe')
+        assert copied.save_pretrained.__self__ is copied
+        other = ewa.to_moe(type(hf)(hf.config)).eval()
+        other.load_state_dict(load_file(tmp_path / 'moe' / 'model.safetensors'))
+        assert torch.equal(other(images).logits, hf(images).logits)
+        assert torch.equal(torch.load(tmp_path / 'whole.pt', weights_only=False)(images).logits, hf(images).logits)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', UserWarning)
+            ewa.to_dense(hf).save_pretrained(tmp_path / 'dense')
+        with pytest.raises(ValueError, match='has MoE layers'):
+            ewa.export(hf, tmp_path / 'out')
+
+
+def test_a_torchvision_model_is_written_as_its_state_dict(images, tmp_path):
+    def build():
+        return VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=3)
+
+    torch.manual_seed(0)
+    model = scatter(ewa.to_moe(build())).eval()
+    ewa.export(ewa.to_dense(model), tmp_path / 'out')
+    assert sorted(os.listdir(tmp_path / 'out')) == ['README.md', 'config.json', 'model.safetensors']
+    loaded = build().eval()
+    loaded.load_state_dict(load_file(tmp_path / 'out' / 'model.safetensors'))
+    assert torch.equal(loaded(images), model(images))
+    assert config_of(tmp_path / 'out')['model_class'] == 'torchvision.models.vision_transformer.VisionTransformer'
+    with pytest.raises(ValueError, match='names no architecture'):
+        ewa.load(tmp_path / 'out')
+    with pytest.raises(ValueError, match='class_names of torchvision'):
+        ewa.export(loaded, tmp_path / 'new', ['a', 'b', 'c'])
+
+
+class TestWrappers:
+    def module(self, **parts):
+        lightning = pytest.importorskip('lightning')
+
+        class Module(lightning.LightningModule):
+            def __init__(self):
+                super().__init__()
+                for name, part in parts.items():
+                    setattr(self, name, part)
+
+        return Module()
+
+    def test_the_model_inside_is_written(self, tiny, images, tmp_path):
+        model = self.module(net=tiny(), loss=nn.CrossEntropyLoss())
+        ewa.to_moe(model, init='independent').eval()
+        dense = ewa.to_dense(model)
+        ewa.export(dense, tmp_path / 'out')
+        assert torch.equal(ewa.load(tmp_path / 'out').eval()(images), model.net(images))
+        compiled = torch.compile(dense.net, backend='eager')
+        ewa.export(compiled, tmp_path / 'compiled')
+        assert contents(tmp_path / 'compiled')['model.safetensors'] == contents(tmp_path / 'out')['model.safetensors']
+
+    def test_of_two_parts_with_weights_none_is_guessed(self, tiny, tmp_path):
+        with pytest.raises(ValueError, match='Module has weights in student and teacher: export the part'):
+            ewa.export(self.module(student=tiny(), teacher=tiny()), tmp_path / 'out')
