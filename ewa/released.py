@@ -82,6 +82,7 @@ def _load_pickle(path: Path) -> Weights:
     return weights
 
 
+@torch.no_grad()
 def read_swin_moe(path: Path) -> Host:
     """A Swin-MoE as its repository's `save_checkpoint` writes it.
 
@@ -102,26 +103,9 @@ def read_swin_moe(path: Path) -> Host:
                          'Swin Transformer has it the other way round.')
 
     embed_dim, in_chans, patch_size, _ = weights['patch_embed.proj.weight'].shape
-    blocks = [re.match(r'layers\.(\d+)\.blocks\.(\d+)\.norm1\.weight$', key) for key in weights]
-    stage_of_block = [int(match[1]) for match in blocks if match]
-    stages = max(stage_of_block, default=0) + 1
-    depths = tuple(stage_of_block.count(s) for s in range(stages))
     buffers = _File({key: weights.pop(key) for key in list(weights)
                      if key.endswith(('.relative_coords_table', '.relative_position_index', '.attn_mask'))})
-    windows, sizes, heads, ratios = [], [], [], set()
-    for s in range(stages):
-        block = f'layers.{s}.blocks.0'
-        windows.append((buffers[f'{block}.attn.relative_coords_table'].shape[1] + 1) // 2)
-        heads.append(len(weights[f'{block}.attn.cpb_mlp.2.weight']))
-        # blocks are shifted, with a mask (windows, W * W, W * W), where there is more than one window
-        masks = buffers.get(f'layers.{s}.blocks.1.attn_mask')
-        sizes.append(windows[s] * (1 if masks is None else math.isqrt(len(masks))))
-    ratios = {len(value) / value.shape[1] for key, value in weights.items() if key.endswith('.fc1.weight')}
-    if len(ratios) != 1 or [size << s for s, size in enumerate(sizes)] != [sizes[0]] * stages or any(
-            window != min(size, max(windows)) for window, size in zip(windows, sizes)):
-        raise ValueError(
-            f'{start} does not fit together: hidden over width {sorted(ratios)}, windows {windows}, sides of the '
-            f'feature maps {sizes} by stage.')
+    depths, windows, sizes = _stages(weights, buffers)
 
     renamed: Weights = {}
     for key, value in weights.items():
@@ -129,27 +113,54 @@ def read_swin_moe(path: Path) -> Host:
             continue
         key = re.sub(r'^layers\.(\d+)\.downsample\.', lambda m: f'layers.{int(m.group(1)) + 1}.downsample.', key)
         renamed[re.sub(r'^head\.', 'head.fc.', key)] = value
-    for key, coords in buffers.items():
+    for key, value in buffers.items():
         if key.endswith('.relative_coords_table'):
             attn = key.rpartition('.')[0]
-            first, bias, second = (weights[f'{attn}.cpb_mlp.{name}'] for name in ('0.weight', '0.bias', '2.weight'))
-            hidden = nn.functional.linear(coords.flatten(0, 2), first, bias).relu()
+            first, bias, second = (
+                weights[f'{attn}.cpb_mlp.{name}'].float() for name in ('0.weight', '0.bias', '2.weight'))
+            hidden = nn.functional.linear(value.float().flatten(0, 2), first, bias).relu()
             renamed[f'{attn}.relative_position_bias_table'] = nn.functional.linear(hidden, second)
         else:
-            renamed[key] = coords  # compared with the host's
+            renamed[key] = value  # compared with the host's
     for key in [key for key in renamed if key.endswith('.fc2.weight')]:
         bias = f'{key[:-len("weight")]}bias'
         renamed.setdefault(bias, renamed[key].new_zeros(len(renamed[key])))  # MLP_FC2_BIAS: False
 
     sizes_of_timm = {96: 'tiny' if depths == (2, 2, 6, 2) else 'small', 128: 'base', 192: 'large'}
+    heads = tuple(len(weights[f'layers.{s}.blocks.0.attn.cpb_mlp.2.weight']) for s in range(len(depths)))
     return Host(
         f'swin_{sizes_of_timm.get(embed_dim, "small")}_patch4_window7_224',
         dict(img_size=sizes[0] * patch_size, window_size=max(windows), patch_size=patch_size, in_chans=in_chans,
-             embed_dim=embed_dim, depths=depths, num_heads=tuple(heads), mlp_ratio=ratios.pop(),
+             embed_dim=embed_dim, depths=depths, num_heads=heads, mlp_ratio=_hidden_over_width(weights),
              qkv_bias='layers.0.blocks.0.attn.qkv.bias' in weights, num_classes=len(weights['head.weight'])),
         dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, interpolation='bicubic', crop_pct=224 / 256,
              crop_mode='center'),
         renamed)
+
+
+def _stages(weights: Weights, buffers: Weights) -> Tuple[Tuple[int, ...], List[int], List[int]]:
+    """Depth, window and side of the feature maps by stage, in tokens."""
+    blocks = [re.match(r'layers\.(\d+)\.blocks\.\d+\.norm1\.weight$', key) for key in weights]
+    stage_of_block = [int(match[1]) for match in blocks if match]
+    depths = tuple(stage_of_block.count(s) for s in range(max(stage_of_block, default=0) + 1))
+    windows, sizes = [], []
+    for s in range(len(depths)):
+        windows.append((buffers[f'layers.{s}.blocks.0.attn.relative_coords_table'].shape[1] + 1) // 2)
+        # every second block is shifted, with a mask (windows, W * W, W * W), where there is more than one window
+        mask = buffers.get(f'layers.{s}.blocks.1.attn_mask')
+        sizes.append(windows[s] * (1 if mask is None else math.isqrt(len(mask))))
+    if any(size << s != sizes[0] for s, size in enumerate(sizes)) or any(
+            window != min(size, max(windows)) for window, size in zip(windows, sizes)):
+        raise ValueError(
+            f'It does not fit together: by stage, windows of {windows} and feature maps of {sizes} tokens.')
+    return depths, windows, sizes
+
+
+def _hidden_over_width(weights: Weights) -> float:
+    ratios = {len(value) / value.shape[1] for key, value in weights.items() if key.endswith('.fc1.weight')}
+    if len(ratios) != 1:
+        raise ValueError(f'It has FFNs of different hidden widths, {sorted(ratios)} times the width.')
+    return ratios.pop()
 
 
 def read_v_moe(path: Path) -> Host:
@@ -203,17 +214,15 @@ def read_v_moe(path: Path) -> Host:
             if all(name in weights for name in names):
                 weights[f'blocks.{i}.attn.qkv.{kind}'] = torch.cat([weights.pop(name) for name in names])
     weights = unstack(weights)
-    ratios = {len(value) / value.shape[1] for key, value in weights.items() if key.endswith('.fc1.weight')}
-    if len(ratios) != 1 or query.shape[1] * query.shape[2] != width:
-        raise ValueError(f'{path} does not fit together: hidden over width {sorted(ratios)}, {tuple(query.shape)} '
-                         f'query weights for width {width}.')
+    if query.shape[1] * query.shape[2] != width:
+        raise ValueError(f'{path} has {query.shape[1]} heads of {query.shape[2]} for width {width}.')
     size = grid * patch_h
     # config files of the paper: at 224 pixels the centre of an image, else the whole image
     crop = dict(crop_pct=224 / 256, crop_mode='center') if size == 224 else dict(crop_pct=1., crop_mode='squash')
     return Host(
         'vit_base_patch16_224' if width == 768 else 'vit_small_patch32_224',
         dict(img_size=size, patch_size=patch_h, in_chans=in_chans, embed_dim=width, depth=depth,
-             num_heads=query.shape[1], mlp_ratio=ratios.pop(), act_layer='gelu_tanh',
+             num_heads=query.shape[1], mlp_ratio=_hidden_over_width(weights), act_layer='gelu_tanh',
              num_classes=len(weights['head.bias']) if 'head.bias' in weights else 0),
         dict(mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD, interpolation='bilinear', **crop),
         weights)
@@ -292,7 +301,7 @@ def load_released(
         path: See `read_swin_moe` and `read_v_moe`.
         layout: `'swin_moe'` or `'v_moe'`.
         top_k: Experts a token. Default: that of the released models, 1 for Swin-MoE and 2 for V-MoE; files do not say.
-        renormalise: Make the gates of a token sum to 1; no published configuration does.
+        renormalise: Make the gates of two and more experts sum to 1; no published configuration does.
         num_classes: Another classifier than the file's, a new one, or 0 for none. This also leaves out the tanh layer
             (`pre_logits`) that some V-MoE have before it.
 
@@ -331,11 +340,11 @@ def load_released(
                input_size=(arguments['in_chans'], arguments['img_size'], arguments['img_size']))
     with foreign(f'{path} can\'t be built with {arguments}'):
         model = timm.create_model(host.name, pretrained_cfg_overlay=cfg, **arguments)
-    layers = [i for i, name in enumerate(find_ffns(model)) if name in experts]
+    layers = [name for name in find_ffns(model) if name in experts]
     if cosine:
         to_moe(model, num_experts, layers, 'cosine')
     else:
-        to_moe(model, num_experts, layers, 'topk', top_k=top_k, renormalise=renormalise)
+        to_moe(model, num_experts, layers, 'topk', top_k=top_k, renormalise=renormalise and top_k > 1)
     if 'pre_logits.weight' in weights:
         first, last = weights['pre_logits.weight'], weights['head.weight']
         model.head = nn.Sequential(
