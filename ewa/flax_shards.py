@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 import torch
 from torch import Tensor
 
-VERSION = '20220622'
+VERSIONS = ('20220622', None)  # None: before there were versions
 _CHUNKS = '__msgpack_array_chunk_a87ca2__'  # marks a data file
 _NUMBERS = {
     0xca: 'f', 0xcb: 'd', 0xcc: 'B', 0xcd: 'H', 0xce: 'I', 0xcf: 'Q', 0xd0: 'b', 0xd1: 'h', 0xd2: 'i', 0xd3: 'q'}
@@ -33,6 +33,7 @@ class _Array(NamedTuple):
 class _Index(NamedTuple):
     shape: Tuple[int, ...]
     dtype: str
+    places: List[Tuple[slice, ...]]  # of its pieces
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -95,11 +96,15 @@ class _Reader:
         if code == 1:  # an array: shape, type, bytes
             return _Array(tuple(content[0]), content[1], content[2])
         if code == 6:  # a piece's place: start, stop, step by axis
-            return tuple(slice(*_Reader(part).read()) for part in content)
+            return _place(content)
         if code == 8:  # an array of the index: shape and type, places of its pieces, their files
             shape, dtype, *_ = _Reader(content[0]).read()
-            return _Index(tuple(shape), dtype)
+            return _Index(tuple(shape), dtype, [_place(_Reader(part).read()) for part in content[1]])
         return content
+
+
+def _place(parts: List[memoryview]) -> Tuple[slice, ...]:
+    return tuple(slice(*_Reader(part).read()) for part in parts)
 
 
 def _read(path: Path) -> Any:
@@ -126,11 +131,14 @@ def _what_is_wrong_with(path: Path) -> Iterator[None]:
         raise ValueError(f'{path} can\'t be read as a checkpoint of vmoe: {" ".join(str(e).split())}') from e
 
 
-def _leaves(tree: Any, path: str = '') -> Iterator[Tuple[str, _Index]]:
-    """Name and entry of each array, in the order in which jax numbers them."""
+def _leaves(tree: Any, fields: bool, path: str = '') -> Iterator[Tuple[str, _Index]]:
+    """Name and entry of each array, in the order in which jax numbers them: dictionaries by key.
+
+    A training state without a version was numbered by its fields, of which `step` and `params` are the first two.
+    """
     if isinstance(tree, dict):
-        for key in sorted(tree):
-            yield from _leaves(tree[key], f'{path}/{key}' if path else key)
+        for key in sorted(tree, key=lambda key: (fields and (key != 'step', key != 'params'), key)):
+            yield from _leaves(tree[key], False, f'{path}/{key}' if path else key)
     elif isinstance(tree, _Index):
         yield path, tree
     elif tree is not None:
@@ -157,13 +165,12 @@ def read_shards(path: Path) -> Dict[str, Tensor]:
         path = names[0]
     prefix = path.with_name(re.sub(r'\.(index|data-\d+-of-\d+)$', '', path.name))
     index = _read(prefix.with_name(f'{prefix.name}.index'))
-    if index.get('version') != VERSION:
-        raise ValueError(
-            f'{prefix}.index is of version {index.get("version")}; only {VERSION} can be read without the model that '
-            'it was written from.')
+    version = index.get('version')
+    if version not in VERSIONS:
+        raise ValueError(f'{prefix}.index is of version {version}, which is not known; {VERSIONS[0]} is.')
     with _what_is_wrong_with(prefix.with_name(f'{prefix.name}.index')):
         count = int(index['shard_count'])
-        leaves = list(_leaves(index['index']))
+        leaves = list(_leaves(index['index'], fields=version is None))
         whole = any(name.startswith('params/') for name, _ in leaves)
         arrays = {number: torch.empty(entry.shape, dtype=_dtype(entry.dtype))
                   for number, (name, entry) in enumerate(leaves) if not whole or name.startswith('params/')}
@@ -177,6 +184,8 @@ def read_shards(path: Path) -> Dict[str, Tensor]:
             for key, pieces in data.items():
                 number = int(key)
                 for parts, place in pieces if number in arrays else ():
+                    if place not in leaves[number][1].places:
+                        raise ValueError(f'The index has no piece {place} of {leaves[number][0]}.')
                     piece = arrays[number][place]
                     piece.copy_(torch.cat([part.tensor().flatten() for part in parts]).reshape(piece.shape))
                     missing[number] -= piece.numel()

@@ -316,12 +316,13 @@ def _place(slices):
     return pack(tuple(pack((start, stop, None)) for start, stop in slices))
 
 
-def write_v_moe(prefix, arrays, shards=2, version='20220622', chunk=100):
+def write_v_moe(prefix, arrays, shards=2, version='20220622', chunk=100, fields=()):
     """`PREFIX.index` and `PREFIX.data-...`: arrays cut in two along the first axis, dealt out to the shards in turn.
 
     Args:
         arrays: Names joined by `/` to tensors.
         chunk: Numbers in one of flax's arrays, of which a piece is made.
+        fields: Parts of a training state that are numbered before the others, as those without a version are.
     """
     prefix.parent.mkdir(exist_ok=True)
     tree = {}
@@ -337,7 +338,8 @@ def write_v_moe(prefix, arrays, shards=2, version='20220622', chunk=100):
     def index(node):
         nonlocal count
         if isinstance(node, dict):
-            return {key: index(node[key]) for key in sorted(node)}
+            return {key: index(node[key]) for key in (
+                *(field for field in fields if node is tree), *sorted(key for key in node if key not in fields))}
         number, count = count, count + 1
         length = len(node) if node.ndim else 1
         middle = length // 2
