@@ -10,12 +10,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import convert  # noqa: E402
 import train  # noqa: E402
+from ewa.checkpoint import checkpoints  # noqa: E402
 
 SAMPLE = ROOT / 'data' / 'fashion_mini'
 HOST = dict(patch_size=7, embed_dim=32, depth=2, num_heads=2)
@@ -103,6 +106,31 @@ def top1(model, folder):
     return 100 * (logits.argmax(1) == labels).float().mean().item()
 
 
+def events(experiment):
+    accumulator = EventAccumulator(str(experiment), size_guidance=dict(scalars=0, tensors=0, images=0))
+    return accumulator.Reload()
+
+
+def scalars(experiment, tag):
+    return {event.step: event.value for event in events(experiment).Scalars(tag)}
+
+
+def newest(experiment):
+    return checkpoints(experiment)[-1]
+
+
+def weights(experiment):
+    return load_file(experiment / 'last' / 'model.safetensors')
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def close(a, b, **tolerance):
+    return a.keys() == b.keys() and all(torch.allclose(a[key], b[key], **tolerance) for key in a)
+
+
 @pytest.fixture(scope='session')
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp('images'))
@@ -115,3 +143,13 @@ def trained(folder, tmp_path_factory):
     run_train('--data-dir', folder, '--output', output, '--experiment', 'run', '--model-ema', '--model-ema-decay', 0.7,
               '--drop-path', 0.1, '--log-interval', 1, '--share-schedule', 'linear', '--share-rate', 0.1)
     return output / 'run'
+
+
+@pytest.fixture
+def go(folder, tmp_path):
+    """A run on the folder of images; returns its experiment folder."""
+    def start(*flags, experiment='a', data=folder):
+        run_train('--data-dir', data, '--output', tmp_path, '--experiment', experiment, *flags)
+        return tmp_path / experiment
+
+    return start

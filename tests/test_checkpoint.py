@@ -1,9 +1,11 @@
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 import ewa.checkpoint
 from ewa.checkpoint import (
@@ -19,7 +21,22 @@ from ewa.checkpoint import (
     start,
 )
 from ewa.options import train_parser
-from runs import files, reset
+from runs import (  # noqa: F401  fixtures among them
+    HOST,
+    equal,
+    fails,
+    files,
+    folder,
+    go,
+    newest,
+    reset,
+    run_train,
+    scalars,
+    summary,
+    train,
+    trained,
+    weights,
+)
 
 
 @pytest.fixture
@@ -298,3 +315,104 @@ def test_what_an_epoch_costs_adds_up():
     run.count(100, 2., 5e14)
     run.count(50, 1., 5e14)
     assert run.spent == dict(images=150, seconds=3., pflops=75.)
+
+
+# resumed runs
+
+EXACT = ['--epochs', 3, '--model-ema', '--model-ema-decay', 0.9, '--mixup', 0.8, '--cutmix', 1.0, '--drop-path', 0.2,
+         '--drop', 0.1, '--aa', 'rand-m9-mstd0.5-inc1', '--reprob', 0.3, '--grad-accum-steps', 2, '--clip-grad', 1.0,
+         '--share-schedule', 'cosine', '--share-rate', 0.1]
+
+
+@pytest.mark.parametrize('flags', [
+    ['--workers', 0, '--sched-on-updates'],
+    ['--workers', 2, '--warmup-epochs', 1],
+    ['--workers', 0, '--expert-form', 'mean', '--spread', 0.5],
+    pytest.param(['--workers', 0, '--router', 'topk', '--opt', 'lamb'], marks=pytest.mark.slow),
+], ids=['workers0', 'workers2', 'mean', 'gated'])
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(go, monkeypatch, capsys, flags):
+    whole = go(*EXACT, *flags, experiment='whole')
+    seed_all = train.seed_all
+
+    def interrupted(*key):
+        if key == (42, 2, 0, 1, 3):  # in the middle of the second epoch
+            raise KeyboardInterrupt
+        seed_all(*key)
+
+    monkeypatch.setattr(train, 'seed_all', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        go(*EXACT, *flags, experiment='parts')
+    monkeypatch.setattr(train, 'seed_all', seed_all)
+    torch.manual_seed(1234)  # what happened in this process meanwhile does not matter
+    capsys.readouterr()
+    parts = go(*EXACT, *flags, '--resume', experiment='parts')
+    assert f'Resuming from {checkpoints(parts)[0].parent / "update-00000003"}, epoch 1.' in capsys.readouterr().out
+
+    for name in ('model.safetensors', 'ema.safetensors'):
+        assert equal(load_file(newest(whole) / name), load_file(newest(parts) / name))
+        for kind in ('last', 'best'):
+            assert equal(load_file(whole / kind / name), load_file(parts / kind / name))
+    optimizers = [torch.load(newest(run) / 'optimizer.bin', weights_only=True) for run in (whole, parts)]
+    assert optimizers[0]['param_groups'] == optimizers[1]['param_groups']
+    assert optimizers[0]['state'].keys() == optimizers[1]['state'].keys() and len(optimizers[0]['state']) > 20
+    for number, one in optimizers[0]['state'].items():
+        other = optimizers[1]['state'][number]
+        assert one.keys() == other.keys()
+        assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
+    states = [read_state(newest(run)) for run in (whole, parts)]
+    states[0].seconds = states[1].seconds
+    assert states[0] == states[1]
+    timings = ('train_seconds',)
+    rows = [[{k: v for k, v in row.items() if k not in timings} for row in summary(run)] for run in (whole, parts)]
+    assert rows[0] == rows[1] and [row['epoch'] for row in rows[0]] == [1, 2, 3]
+    assert [scalars(run, 'train/loss') for run in (whole,)] == [scalars(run, 'train/loss') for run in (parts,)]
+
+
+def test_resume_without_a_run_starts_fresh(go, capsys):
+    fresh = go('--epochs', 1, '--resume')
+    assert f'No checkpoint in {fresh}: starting fresh.' in capsys.readouterr().out
+    assert equal(weights(fresh), weights(go('--epochs', 1, experiment='b')))
+
+
+def test_resume_of_a_finished_run_says_so_and_changes_nothing(trained, folder, capsys):
+    before = files(trained)
+    run_train('--data-dir', folder, '--output', trained.parent, '--experiment', trained.name, '--resume', '--model-ema')
+    assert f'{trained} is finished: 2 of 2 epochs are done.' in capsys.readouterr().out
+    assert files(trained) == before
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--num-experts', 3], 'num_experts is 4, here it is 3'),
+    (['--moe-layers', 'all'], 'checkpoint of another model: its layers is every:2, here it is all'),
+    (['--router', 'topk'], 'checkpoint of another model'),
+    (['--expert-form', 'mean'], 'checkpoint of another model: its form is None, here it is mean'),
+    (['--model', 'vit_tiny_patch16_224', '--model-kwargs', *(f'{k}={v}' for k, v in HOST.items())],
+     'its architecture is vit_ewa, here it is vit_tiny_patch16_224'),
+    (['--opt', 'sgd'], 'was trained with --opt adamw, here it is sgd'),
+    (['--layer-decay', 0.7], 'was trained with --layer-decay None, here it is 0.7'),
+    (['--eval-metric', 'loss'], 'was trained with --eval-metric top1, here it is loss'),
+], ids=lambda value: value[0] if isinstance(value, list) else '')
+def test_resume_refuses_the_checkpoint_of_another_model(trained, folder, flags, words):
+    before = files(trained)
+    code, lines = fails(run_train, '--data-dir', folder, '--output', trained.parent, '--experiment', trained.name,
+                        '--resume', '--model-ema', '--epochs', 3, *flags)
+    assert code == 2 and len(lines) == 1 and words in lines[0]
+    assert files(trained) == before
+
+
+def test_resume_needs_the_ema_of_the_run(trained, folder):
+    code, lines = fails(run_train, '--data-dir', folder, '--output', trained.parent, '--experiment', trained.name,
+                        '--resume', '--epochs', 3)
+    assert code == 2 and 'was trained with --model-ema True, here it is False' in lines[0]
+
+
+def test_a_damaged_checkpoint_is_one_line_before_anything_is_written(trained, folder, tmp_path):
+    for file in ('state.json', 'model.safetensors', 'ema.safetensors', 'optimizer.bin'):
+        shutil.rmtree(tmp_path / 'run', ignore_errors=True)
+        shutil.copytree(trained, tmp_path / 'run')
+        (newest(tmp_path / 'run') / file).write_bytes(b'half')
+        before = files(tmp_path / 'run')
+        code, lines = fails(run_train, '--data-dir', folder, '--output', tmp_path, '--experiment', 'run', '--resume',
+                            '--model-ema', '--epochs', 3)
+        assert code == 2 and 'update-00000010' in lines[-1] and lines[-1].startswith('train.py: error: ')
+        assert files(tmp_path / 'run') == before

@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 
@@ -168,6 +169,10 @@ MISTAKES = {
     'unknown flag': (['{run}/best', '--methd', 'sum'], 'nearest flag is --method'),
     'lost source': (['--model-kwargs', 'a=1', '{run}/best'], 'run/best is not KEY=VALUE'),
     'no data': (['{run}/best', '--data-dir', '{}/missing'], 'missing does not exist'),
+    'option of another method': (['{run}/best', '--lam', '1'], '--lam is an option of do_acp', 'not of average'),
+    'no such expert': (['{run}/best', '--method', 'aligned', '--reference', '9'], 'blocks.1.mlp', '9'),
+    'damaged state': (['{}/damaged'], 'state.json is damaged'),
+    'damaged weights': (['{}/half'], 'half can\'t be loaded'),
     'class count': (['{run}/best', '--data-dir', '{}/two'], '2 classes, the model 10'),
     'class names': (['{run}/best', '--data-dir', '{}/other'], 'not those the model was trained on'),
 }
@@ -183,6 +188,9 @@ def mistakes(trained, folder, tmp_path_factory):
     ewa.export(ewa.to_dense(moe), root / 'dense')
     ewa.exporting.write_folder(moe, root / 'noema')
     (root / 'text.pth').write_text('not tensors')
+    for name, file in (('damaged', 'state.json'), ('half', 'model.safetensors')):
+        shutil.copytree(checkpoints(trained)[-1] if name == 'damaged' else trained / 'best', root / name)
+        (root / name / file).write_bytes(b'half')
     for name, classes in (('two', 2), ('other', 10)):
         for split in ('train', 'val'):
             (root / name / split).mkdir(parents=True)
@@ -200,6 +208,13 @@ def test_a_mistake_gives_one_line_and_exit_code_2(mistakes, trained, out, capsys
     for word in words:
         assert word in errors[0]
     assert not list(out.parent.iterdir()) and not capsys.readouterr().out
+
+
+def test_what_is_not_verified_is_one_line(trained, out, monkeypatch):
+    monkeypatch.setattr(torch, 'equal', lambda *tensors: False)
+    code, lines = fails(run_convert, trained / 'last', '--output', out)
+    assert code == 2 and 'was not written: The exported folder does not load' in lines[-1]
+    assert not list(out.parent.iterdir())
 
 
 def test_output_that_exists_stays(trained, out):

@@ -6,13 +6,11 @@ import sys
 import pytest
 import timm
 import torch
-import yaml
 from PIL import ImageOps
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ewa
-from ewa.checkpoint import checkpoints, read_state
+from ewa.checkpoint import read_state
 from ewa.diagnostics import distances_to_mean
 from ewa.exporting import write_folder
 from ewa.options import train_parser
@@ -21,87 +19,28 @@ from runs import (  # noqa: F401  fixtures among them
     HOST,
     ROOT,
     TINY,
+    close,
     config_of,
+    equal,
     fails,
     files,
     folder,
+    go,
     logits_and_labels,
     make_folder,
+    newest,
     reset,
     run_convert,
     run_train,
     sample_images,
+    scalars,
     summary,
     train,
     trained,
+    weights,
 )
 
-
-@pytest.fixture
-def go(folder, tmp_path):
-    """A run on the folder of images; returns its experiment folder."""
-    def start(*flags, experiment='a', data=folder):
-        run_train('--data-dir', data, '--output', tmp_path, '--experiment', experiment, *flags)
-        return tmp_path / experiment
-
-    return start
-
-
-def events(experiment):
-    accumulator = EventAccumulator(str(experiment), size_guidance=dict(scalars=0, tensors=0, images=0))
-    return accumulator.Reload()
-
-
-def scalars(experiment, tag):
-    return {event.step: event.value for event in events(experiment).Scalars(tag)}
-
-
-def newest(experiment):
-    return checkpoints(experiment)[-1]
-
-
-def weights(experiment):
-    return load_file(experiment / 'last' / 'model.safetensors')
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def close(a, b, **tolerance):
-    return a.keys() == b.keys() and all(torch.allclose(a[key], b[key], **tolerance) for key in a)
-
-
-# what a run leaves behind
-
-def test_folders_hold_the_moe_whose_accuracy_was_reported(trained, folder):
-    row = summary(trained)[-1]
-    for ema, prefix in ((False, 'eval_'), (True, 'eval_ema_')):
-        model = ewa.load(trained / 'last', ema=ema)
-        logits, labels = logits_and_labels(model, folder)
-        assert row[f'{prefix}top1'] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
-        top5 = (logits.topk(5).indices == labels[:, None]).any(1)
-        assert row[f'{prefix}top5'] == pytest.approx(100 * top5.double().mean().item())
-        assert row[f'{prefix}loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
-        assert len(dict(ewa.moe.moe_layers(model))) == 1
-    config = config_of(trained / 'last')
-    assert config['label_names'] == sorted(path.name for path in (folder / 'train').iterdir())
-    assert config['pretrained_cfg']['input_size'] == [1, 28, 28] and config['pretrained_cfg']['mean'] == [0.286]
-    assert config['ewa']['updates'] == 10 and config['ewa']['epochs'] == 2
-
-
-def test_best_is_the_epoch_with_the_best_metric(go, capsys):
-    for metric, choose in (('top1', max), ('loss', min)):
-        run = go('--epochs', 4, '--eval-metric', metric, '--model-ema', '--model-ema-decay', 0.5, experiment=metric)
-        rows = summary(run)
-        values = [choose(row[f'eval_{metric}'], row[f'eval_ema_{metric}']) for row in rows]
-        epoch = 1 + values.index(choose(values))
-        of_ema = choose(values) != rows[epoch - 1][f'eval_{metric}']
-        text = capsys.readouterr().out
-        assert (f'in epoch {epoch} (EMA weights)' in text, '--use-ema' in text) == (of_ema, of_ema)
-        assert config_of(run / 'best')['ewa']['epochs'] == epoch
-        assert config_of(run / 'best')['ewa'][metric] == pytest.approx(rows[epoch - 1][f'eval_{metric}'])
-
+# averages over time
 
 def test_ema_follows_its_formula(go):
     flags = ['--batch-size', 80, '--model-ema', '--model-ema-decay', 0.25, '--sched', 'constant']
@@ -111,68 +50,6 @@ def test_ema_follows_its_formula(go):
     assert not equal(first, second)
     for key in second:  # timm's average starts with the weights after the first update
         torch.testing.assert_close(ema[key], torch.lerp(first[key], second[key], 0.75))
-
-
-def test_arguments_are_saved_and_repeat_the_run(trained, folder, tmp_path):
-    saved = yaml.safe_load((trained / 'args.yaml').read_text())
-    assert saved['share_rate'] == 0.1 and saved['num_classes'] == 10 and saved['model_kwargs']['patch_size'] == 7
-    train_again = ['-c', str(trained / 'args.yaml'), '--output', str(tmp_path)]
-    parsed = vars(train_parser().parse_args(train_again))
-    assert {k: v for k, v in parsed.items() if k in saved and k != 'output'} == {
-        k: v for k, v in saved.items() if k != 'output'}
-    run_train(*train_again)
-    assert equal(weights(tmp_path / 'run'), weights(trained))
-
-
-def test_tensorboard_has_the_course_of_the_run(trained):
-    found = events(trained)
-    tags = found.Tags()['scalars']
-    assert {'train/loss', 'train/lr', 'train/share_rate', 'train/images_per_second', 'eval/loss', 'eval/top1',
-            'eval/top5', 'eval/ema_top1'} <= set(tags)
-    for tag in tags:
-        values = [event.value for event in found.Scalars(tag)]
-        assert values and all(math.isfinite(value) for value in values), tag
-    rows = summary(trained)
-    assert list(scalars(trained, 'eval/top1').values()) == pytest.approx([row['eval_top1'] for row in rows])
-    assert list(scalars(trained, 'train/loss')) == list(range(1, 11))  # --log-interval 1
-    assert scalars(trained, 'train/loss')[10] == pytest.approx(rows[-1]['train_loss'])
-    # linear over the 10 updates; the rate of the pull that comes next
-    assert [scalars(trained, 'train/share_rate')[t] for t in (1, 4)] == pytest.approx([0.02, 0.05])
-    assert all(speed > 0 for speed in scalars(trained, 'train/images_per_second').values())
-
-    (tag,) = [tag for tag in tags if 'distance' in tag and 'blocks.1.mlp' in tag]
-    expected = distances_to_mean(ewa.load(trained / 'last'))['blocks.1.mlp']
-    assert scalars(trained, tag)[10] == pytest.approx(expected, rel=1e-4)
-    (text,) = found.Tensors('arguments/text_summary')
-    assert b'share_rate: 0.1' in text.tensor_proto.string_val[0]
-
-
-def test_quiet_lines_without_a_terminal(go, capsys):
-    run = go('--log-interval', 3)
-    out, err = capsys.readouterr()
-    assert '\r' not in out + err and '%|' not in out + err
-    lines = out.splitlines()
-    assert [line for line in lines if line.startswith('epoch 1/2: loss ') and 'top-1' in line and 'images/s' in line]
-    assert sum('update 3 ' in line for line in lines) == 1
-    assert '0.05 M parameters, 4 experts in 1 FFNs' in lines[0] and '80 training and 40 validation images' in lines[0]
-    assert lines[-1] == f'Export the plain ViT with:  python convert.py {run / "best"} --output {run / "vit"}'
-
-
-def test_progress_bar_on_a_terminal(go, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
-    go('--log-interval', 1)
-    bars = [bar for bar in capsys.readouterr().err.split('\r') if '%|' in bar]
-    assert 'epoch 2/2' in bars[-1] and '10/10' in bars[-1]
-    for word in ('loss ', 'top-1 ', ' images/s', '<'):
-        assert word in bars[-1]
-    assert 'top-1 0.0' not in bars[-1]  # from the validation after the first epoch
-
-
-def test_unvalidated_epochs_report_nothing(go, capsys):
-    run = go('--epochs', 3, '--val-interval', 2)
-    assert ['top-1' in line for line in capsys.readouterr().out.splitlines() if '/3: loss' in line] == [0, 1, 1]
-    assert [row['epoch'] for row in summary(run)] == [2, 3]
-    assert list(scalars(run, 'eval/top1')) == [10, 15]
 
 
 # flags reach what they name
@@ -252,13 +129,6 @@ def test_share_rate_reaches_the_experts(go):
     assert list(scalars(run, 'train/share_rate').values()) == pytest.approx([0.1] * 5)
 
 
-def test_gated_experts_log_their_losses(go):
-    run = go('--router', 'topk', '--top-k', 2, '--epochs', 1)
-    found = events(run)
-    for tag in ('train/load_balance', 'train/z'):
-        assert math.isfinite(found.Scalars(tag)[-1].value)
-
-
 @pytest.mark.parametrize('flags', [
     ['--aa', 'rand-m9-mstd0.5-inc1', '--reprob', 0.5, '--color-jitter', 0.4, '--smoothing', 0.1],
     ['--mixup', 0.8, '--cutmix', 1.0, '--mixup-off-epoch', 1],
@@ -315,95 +185,6 @@ def test_the_sample_is_learnt(tmp_path, monkeypatch):
     reset()
     best = train.main(['-c', 'configs/demo.yaml', '--epochs', '6', '--workers', '0', '--output', str(tmp_path)])
     assert best['top1'] > 65
-
-
-# resuming
-
-EXACT = ['--epochs', 3, '--model-ema', '--model-ema-decay', 0.9, '--mixup', 0.8, '--cutmix', 1.0, '--drop-path', 0.2,
-         '--drop', 0.1, '--aa', 'rand-m9-mstd0.5-inc1', '--reprob', 0.3, '--grad-accum-steps', 2, '--clip-grad', 1.0,
-         '--share-schedule', 'cosine', '--share-rate', 0.1]
-
-
-@pytest.mark.parametrize('flags', [
-    ['--workers', 0, '--sched-on-updates'],
-    ['--workers', 2, '--warmup-epochs', 1],
-    ['--workers', 0, '--expert-form', 'mean', '--spread', 0.5],
-    pytest.param(['--workers', 0, '--router', 'topk', '--opt', 'lamb'], marks=pytest.mark.slow),
-], ids=['workers0', 'workers2', 'mean', 'gated'])
-def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(go, monkeypatch, capsys, flags):
-    whole = go(*EXACT, *flags, experiment='whole')
-    seed_all = train.seed_all
-
-    def interrupted(*key):
-        if key == (42, 2, 0, 1, 3):  # in the middle of the second epoch
-            raise KeyboardInterrupt
-        seed_all(*key)
-
-    monkeypatch.setattr(train, 'seed_all', interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        go(*EXACT, *flags, experiment='parts')
-    monkeypatch.setattr(train, 'seed_all', seed_all)
-    torch.manual_seed(1234)  # what happened in this process meanwhile does not matter
-    capsys.readouterr()
-    parts = go(*EXACT, *flags, '--resume', experiment='parts')
-    assert f'Resuming from {checkpoints(parts)[0].parent / "update-00000003"}, epoch 1.' in capsys.readouterr().out
-
-    for name in ('model.safetensors', 'ema.safetensors'):
-        assert equal(load_file(newest(whole) / name), load_file(newest(parts) / name))
-        for kind in ('last', 'best'):
-            assert equal(load_file(whole / kind / name), load_file(parts / kind / name))
-    optimizers = [torch.load(newest(run) / 'optimizer.bin', weights_only=True) for run in (whole, parts)]
-    assert optimizers[0]['param_groups'] == optimizers[1]['param_groups']
-    assert optimizers[0]['state'].keys() == optimizers[1]['state'].keys() and len(optimizers[0]['state']) > 20
-    for number, one in optimizers[0]['state'].items():
-        other = optimizers[1]['state'][number]
-        assert one.keys() == other.keys()
-        assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
-    states = [read_state(newest(run)) for run in (whole, parts)]
-    states[0].seconds = states[1].seconds
-    assert states[0] == states[1]
-    timings = ('train_seconds',)
-    rows = [[{k: v for k, v in row.items() if k not in timings} for row in summary(run)] for run in (whole, parts)]
-    assert rows[0] == rows[1] and [row['epoch'] for row in rows[0]] == [1, 2, 3]
-    assert [scalars(run, 'train/loss') for run in (whole,)] == [scalars(run, 'train/loss') for run in (parts,)]
-
-
-def test_resume_without_a_run_starts_fresh(go, capsys):
-    fresh = go('--epochs', 1, '--resume')
-    assert f'No checkpoint in {fresh}: starting fresh.' in capsys.readouterr().out
-    assert equal(weights(fresh), weights(go('--epochs', 1, experiment='b')))
-
-
-def test_resume_of_a_finished_run_says_so_and_changes_nothing(trained, folder, capsys):
-    before = files(trained)
-    run_train('--data-dir', folder, '--output', trained.parent, '--experiment', trained.name, '--resume', '--model-ema')
-    assert f'{trained} is finished: 2 of 2 epochs are done.' in capsys.readouterr().out
-    assert files(trained) == before
-
-
-@pytest.mark.parametrize('flags, words', [
-    (['--num-experts', 3], 'num_experts is 4, here it is 3'),
-    (['--moe-layers', 'all'], 'checkpoint of another model: its layers is every:2, here it is all'),
-    (['--router', 'topk'], 'checkpoint of another model'),
-    (['--expert-form', 'mean'], 'checkpoint of another model: its form is None, here it is mean'),
-    (['--model', 'vit_tiny_patch16_224', '--model-kwargs', *(f'{k}={v}' for k, v in HOST.items())],
-     'its architecture is vit_ewa, here it is vit_tiny_patch16_224'),
-    (['--opt', 'sgd'], 'was trained with --opt adamw, here it is sgd'),
-    (['--layer-decay', 0.7], 'was trained with --layer-decay None, here it is 0.7'),
-    (['--eval-metric', 'loss'], 'was trained with --eval-metric top1, here it is loss'),
-], ids=lambda value: value[0] if isinstance(value, list) else '')
-def test_resume_refuses_the_checkpoint_of_another_model(trained, folder, flags, words):
-    before = files(trained)
-    code, lines = fails(run_train, '--data-dir', folder, '--output', trained.parent, '--experiment', trained.name,
-                        '--resume', '--model-ema', '--epochs', 3, *flags)
-    assert code == 2 and len(lines) == 1 and words in lines[0]
-    assert files(trained) == before
-
-
-def test_resume_needs_the_ema_of_the_run(trained, folder):
-    code, lines = fails(run_train, '--data-dir', folder, '--output', trained.parent, '--experiment', trained.name,
-                        '--resume', '--epochs', 3)
-    assert code == 2 and 'was trained with --model-ema True, here it is False' in lines[0]
 
 
 # mistakes
@@ -518,6 +299,32 @@ def test_an_exploding_loss_stops_the_run(folder, tmp_path):
                         '--opt', 'sgd')
     assert code == 1 and any('loss is nan' in line or 'loss is inf' in line for line in lines)
     assert not (tmp_path / 'a' / 'checkpoints').exists() and not (tmp_path / 'a' / 'last').exists()
+
+
+# what a study may put in the place of ours
+
+def test_seams(folder, tmp_path):
+    opened, made, rates = [], [], []
+
+    def open_dataset(args, split, **kwargs):
+        opened.append(split)
+        return train.open_dataset(args, split, **kwargs)
+
+    def create_optimizer(model, **kwargs):
+        made.append(kwargs['opt'])
+        return timm.optim.create_optimizer_v2(model, **kwargs)
+
+    def policy(layer, t):
+        rates.append(t)
+        return 0.75 if t == 5 else 0.
+
+    reset()
+    train.main([*FLAGS, '--data-dir', str(folder), '--output', str(tmp_path), '--experiment', 'a', '--epochs', '1',
+                '--expert-init', 'independent', '--log-interval', '1'],
+               open_dataset=open_dataset, create_optimizer=create_optimizer, share_rate=policy)
+    assert opened == ['train', 'validation'] and made == ['adamw'] and set(rates) == {1, 2, 3, 4, 5, 6}
+    assert scalars(tmp_path / 'a', 'train/share_rate')[4] == 0.75  # of the next pull
+    assert distances_to_mean(ewa.load(tmp_path / 'a' / 'last'))['blocks.1.mlp'] < 1e-5
 
 
 # large and several
