@@ -229,7 +229,7 @@ def test_a_complaint_of_another_library_is_one_line():
         raise KeyError('another error than was asked for')
 
 
-@pytest.mark.parametrize('name', ['to_moe', 'load_experts', 'has_experts'])
+@pytest.mark.parametrize('name', ['to_moe', 'load_experts'])
 @pytest.mark.parametrize('error', [TypeError, RuntimeError, KeyError])
 def test_a_mistake_of_ours_inside_a_call_of_timm_stays_what_it_is(tiny, tmp_path, monkeypatch, name, error):
     write_folder(ewa.to_moe(tiny()), tmp_path / 'out')
