@@ -3,7 +3,8 @@
 Axis legend: `T` tokens, `D` width, `E` experts, `k` experts a token is sent to.
 """
 from contextlib import suppress
-from typing import Dict, Iterable, List, Tuple
+from functools import partial
+from typing import Dict, Iterable, List, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -154,30 +155,92 @@ def call_order(model: nn.Module, images: Tensor) -> List[str]:
     return calls
 
 
+def sensitivities(model: nn.Module, batches: Iterable[Tensor]) -> Dict[str, List[Tensor]]:
+    """How much the model's outputs move with the output of each MoE layer, token by token.
+
+    `|J_t^T r|^2`, `J_t` the derivative of the model's outputs by the layer's output at token `t` and `r ~ N(0, I)`,
+    drawn by a generator of its own; one backward pass for every 16 images.
+
+    Returns:
+        Layer name to a tensor for each of the batches, (tokens,); zeros of a layer that the outputs do not depend on.
+
+    Raises:
+        ValueError: The model returns something else than a tensor.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    layers = dict(moe_layers(model))
+    kept: Dict[str, Tensor] = {}
+
+    def keep(module: nn.Module, args: Tuple[Tensor, ...], output: Tensor, name: str) -> Tensor:
+        if not output.requires_grad:  # the first: what comes before it needs no graph
+            torch.set_grad_enabled(True)
+            output = output.detach().requires_grad_()
+        kept[name] = output
+        return output
+
+    handles = [layer.register_forward_hook(partial(keep, name=name)) for name, layer in layers.items()]
+    result: Dict[str, List[Tensor]] = {name: [] for name in layers}
+    try:
+        for batch in batches:
+            parts: Dict[str, List[Tensor]] = {name: [] for name in result}
+            for images in batch.split(16):
+                with torch.no_grad():  # and back to what was before
+                    outputs = model(images.to(device))
+                    if not isinstance(outputs, Tensor):
+                        raise ValueError(
+                            f'refit weighs tokens by what they do to a tensor of outputs, and {type(model).__name__} '
+                            f'returns a {type(outputs).__name__}: wrap it so that it returns its logits.')
+                    draw = torch.randn(outputs.shape, generator=generator).to(outputs)
+                    gradients = (torch.autograd.grad((outputs * draw).sum(), list(kept.values()), allow_unused=True)
+                                 if outputs.requires_grad else [None] * len(kept))
+                for (name, output), gradient in zip(kept.items(), gradients):
+                    gradient = torch.zeros_like(output) if gradient is None else gradient
+                    tokens = to_tokens(gradient.detach(), takes_images(layers[name].experts[0]))
+                    parts[name].append(tokens.float().square().sum(1))
+                kept.clear()
+            for name, values in parts.items():
+                result[name].append(torch.cat(values))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result
+
+
 def layer_tokens(
         model: nn.Module,
         layer: MoELayer,
-        batches: Iterable[Tensor],
+        batches: Sequence[Tensor],
+        sensitivity: Sequence[Tensor],
         limit: int,
-) -> Tuple[Tensor, Tensor]:
-    """Inputs and outputs of a MoE layer for at most about `limit` tokens, drawn evenly over the images, each (T, D).
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Tokens of a MoE layer, at most about `limit` of them, drawn evenly over the images.
 
     The draw has a generator of its own. Each forward pass ends behind the layer.
+
+    Args:
+        model: The model that calls the layer.
+        layer: The layer.
+        batches: Images.
+        sensitivity: Of the layer's tokens, a tensor for each batch, see `sensitivities`.
+        limit: Number of tokens.
+
+    Returns:
+        The layer's inputs and outputs, (T, D), and the sensitivity of the tokens, (T,).
 
     Raises:
         ValueError: Tokens that are not finite.
     """
-    batches = list(batches)
     images = sum(map(len, batches))
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    kept: List[Tuple[Tensor, Tensor]] = []
+    kept: List[Tuple[Tensor, ...]] = []
 
     def keep(module: nn.Module, args: Tuple[Tensor, ...], output: Tensor) -> None:
         tokens = [to_tokens(t, takes_images(layer.experts[0])) for t in (args[0], output)]
         count = min(len(tokens[0]), -(-limit * size // images))
         index = torch.randperm(len(tokens[0]), generator=generator)[:count].sort().values.to(tokens[0].device)
-        kept.append((tokens[0][index], tokens[1][index]))
+        kept.append((tokens[0][index], tokens[1][index], index))
         raise _Reached
 
     handle = layer.register_forward_hook(keep)
@@ -188,7 +251,9 @@ def layer_tokens(
                 model(batch.to(device))
     finally:
         handle.remove()
-    inputs, outputs = torch.cat([x for x, _ in kept]), torch.cat([y for _, y in kept])
-    if not bool(inputs.isfinite().all() and outputs.isfinite().all()):
+    tokens = (
+        torch.cat([x for x, _, _ in kept]), torch.cat([y for _, y, _ in kept]),
+        torch.cat([known[index] for known, (_, _, index) in zip(sensitivity, kept)]))
+    if not all(bool(values.isfinite().all()) for values in tokens):
         raise ValueError('the calibration images give tokens that are not finite; look for broken images among them.')
-    return inputs, outputs
+    return tokens

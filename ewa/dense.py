@@ -14,7 +14,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from . import gathering, refit
-from .calibration import call_order, hold_out, layer_tokens, measure_statistics
+from .calibration import call_order, hold_out, layer_tokens, measure_statistics, sensitivities
 from .ffn import build_ffn, hidden_activations, is_ffn, read_ffn
 from .gathering import METHODS, ExpertStatistics, FFNWeights, Method
 from .identity import describe_dense, describe_width, plain_forward
@@ -204,8 +204,9 @@ def refit_layers(
     """One FFN for each gated layer by `ewa.refit`, in the order in which the model calls them.
 
     A layer is fed by the model in which those before it are converted already, and what it computes there is what its
-    FFN is fitted to: errors are seen and made up for. Of the images, which are kept, seven eighths are fitted to and
-    the others measured on; of a layer's tokens at most 32,768, or ten for each unknown of an output.
+    FFN is fitted to: errors are seen and made up for. Tokens are weighted by how much the outputs of the MoE model move
+    with them. Of the images, which are kept, seven eighths are fitted to and the others measured on; of the tokens of a
+    layer at most 32,768, or ten for each unknown of an output.
 
     Args:
         model, batches, k: See `to_dense`.
@@ -215,8 +216,8 @@ def refit_layers(
 
     Returns:
         FFN of each layer; and what is to be told: `calibration_images`, `calibration_tokens` (of a layer, fitted to),
-        `error` (layer to `fitted` and `held_out`: `sqrt(E|y' - y|^2 / E|y|^2)` for its output `y` and the FFN's `y'`;
-        no `held_out` of a single image), `seconds`.
+        `error` (layer to `fitted` and `held_out`: `sqrt(E w|y' - y|^2 / E w|y|^2)` for its output `y`, the FFN's `y'`
+        and the weight `w` of the token; no `held_out` of a single image), `seconds`.
 
     Raises:
         ValueError: See `to_dense`; the message names the layer.
@@ -229,25 +230,31 @@ def refit_layers(
     errors: Dict[str, Dict[str, float]] = {}
     tokens = 0
     with evaluating(model):
-        for name in call_order(model, fitted[0][:1]):
+        order = call_order(model, fitted[0][:1])
+        known, known_held = sensitivities(model, fitted), sensitivities(model, held)
+        for name in order:
             layer = layers[name]
             partly = deepcopy(model, {id(other): ffns.get(key, other) for key, other in layers.items()})
             try:
                 hidden = _dense_hidden(layer, k)
                 limit = max(32768, 10 * (hidden + 1))
-                inputs, targets = layer_tokens(partly, layer, fitted, limit)
-                ffn = _refit_layer(layer, inputs, targets, hidden, ridge)
-                others = layer_tokens(partly, layer, held, limit) if held else None
+                inputs, targets, weights = _weighted(layer_tokens(partly, layer, fitted, known[name], limit))
+                ffn = _refit_layer(layer, inputs, targets, weights, hidden, ridge)
+                others = _weighted(layer_tokens(partly, layer, held, known_held[name], limit)) if held else None
             except ValueError as e:
                 raise ValueError(f'{name}: {e}') from e
+            error = refit.relative_error(on_tokens(ffn)(inputs), targets, weights)
             if steps:
                 wide = torch.promote_types(inputs.dtype, torch.float32)
                 trained = deepcopy(ffn).to(wide).requires_grad_()
-                refit.fit(on_tokens(trained), inputs.to(wide), targets.to(wide), steps)
-                ffn.load_state_dict(trained.state_dict())
-            errors[name] = dict(fitted=refit.relative_error(on_tokens(ffn)(inputs), targets))
+                refit.fit(on_tokens(trained), inputs.to(wide), targets.to(wide), weights, steps)
+                trained = trained.to(inputs.dtype)
+                after = refit.relative_error(on_tokens(trained)(inputs), targets, weights)
+                if after < error:  # a few steps may be worse than none
+                    ffn, error = trained, after
+            errors[name] = dict(fitted=error)
             if others:
-                errors[name]['held_out'] = refit.relative_error(on_tokens(ffn)(others[0]), others[1])
+                errors[name]['held_out'] = refit.relative_error(on_tokens(ffn)(others[0]), *others[1:])
             tokens = max(tokens, len(inputs))
             ffns[name] = ffn
     for name, ffn in ffns.items():
@@ -256,6 +263,11 @@ def refit_layers(
         calibration_images=sum(map(len, fitted)) + sum(map(len, held)), calibration_tokens=tokens, error=errors,
         seconds=round(time.perf_counter() - started, 1))
     return ffns, record
+
+
+def _weighted(tokens: Tuple[Tensor, Tensor, Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
+    inputs, targets, sensitivity = tokens
+    return inputs, targets, refit.token_weights(sensitivity)
 
 
 def _dense_hidden(layer: MoELayer, k: Optional[int]) -> int:
@@ -276,11 +288,19 @@ def _dense_hidden(layer: MoELayer, k: Optional[int]) -> int:
     return sum(sorted(widths)[-k:]) + sum(read_ffn(expert).hidden for expert in shared)
 
 
-def _refit_layer(layer: MoELayer, inputs: Tensor, targets: Tensor, hidden: int, ridge: float) -> nn.Module:
+def _refit_layer(
+        layer: MoELayer,
+        inputs: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        hidden: int,
+        ridge: float,
+) -> nn.Module:
     shared = shared_experts(layer)
     experts = [*shared, *layer.experts]
     template = layer.experts[0]
-    kinds = {(type(expert).__name__, str(getattr(expert, 'act', ''))) for expert in experts}
+    kinds = {', '.join([type(expert).__name__, *(
+        repr(part) for part in expert.modules() if not [*part.children(), *part.parameters()])]) for expert in experts}
     if len(kinds) > 1:
         raise ValueError(f'hidden units of unlike experts can\'t stand in one FFN, got {sorted(kinds)}: use prune.')
     parts = [read_ffn(expert) for expert in experts]
@@ -294,18 +314,20 @@ def _refit_layer(layer: MoELayer, inputs: Tensor, targets: Tensor, hidden: int, 
         ffn = build_ffn(template, gathering.take(units, index))
         return lambda tokens: hidden_activations(ffn, tokens)
 
-    sample = inputs[::-(-len(inputs) // 16384)]
+    stride = -(-len(inputs) // 16384)
+    sample, weight = inputs[::stride], weights[::stride]
     gates, chosen, _ = route(layer, sample)
     gate = gates.new_zeros(len(sample), len(layer.experts)).scatter(1, chosen, gates)
     gate = torch.cat([gate.new_ones(len(sample), len(shared)), gate], dim=1)
     contributions = [
-        (gate[:, e, None] * hidden_activations(expert, sample)).square().mean(0) * parts[e].down.square().sum(0)
-        for e, expert in enumerate(experts)]
+        weight @ (gate[:, e, None] * hidden_activations(expert, sample)).double().square() * part.down.square().sum(0)
+        for e, (expert, part) in enumerate(zip(experts, parts))]
     units = gathering.take(
         units, refit.preselect(contributions, max(4 * hidden, 4096), hidden, whole=len(shared)))
 
     bias = units.down_bias is not None
-    index, down, down_bias = refit.choose_and_solve(candidates, units.hidden, inputs, targets, hidden, ridge, bias)
+    index, down, down_bias = refit.choose_and_solve(
+        candidates, units.hidden, inputs, targets, weights, hidden, ridge, bias)
     kept = gathering.take(units, index)
     return build_ffn(template, replace(kept, down=down, down_bias=down_bias))
 

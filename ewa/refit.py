@@ -2,19 +2,23 @@
 
 Axis legend: `T` tokens, `D` width, `C` candidates (hidden units of all experts), `H` hidden units that are kept.
 
-With `A` (T, C) the activations of the candidates on calibration tokens and `Y` (T, D) the layer's outputs, find `H`
-columns `S` and
+With `a_t` (C,) the activations of the candidates on calibration token `t`, `y_t` (D,) the layer's output and `w_t` the
+weight of the token, of mean 1, find `H` candidates `S` and
 
-    min_{S, W, b}  |A_S W + b - Y|^2 / T + l |W|^2,        l = ridge * mean over candidates of the variance of A
+    min_{S, W, b}  mean_t w_t |W a_tS + b - y_t|^2 + l |W|^2,      l = ridge * mean over candidates of the variance of a
 
-greedily in `S`, exactly in `W` and `b`. Only means over tokens are needed, of `A`, `Y`, `A^T A` and `A^T Y`: they are
-accumulated over chunks of tokens, in float64. Pure tensor functions; labels are never seen.
+greedily in `S`, exactly in `W` and `b`. Only means over tokens are needed, of `A`, `Y`, `A^T A` and `A^T Y` with their
+rows weighted: they are accumulated over chunks of tokens, in float64. Pure tensor functions; labels are never seen.
+
+What a change `d` of the output at a token does to the model's outputs is `J_t d` to first order, so tokens are weighted
+by `|J_t|^2`, estimated by one random projection `|J_t^T r|^2`, `r ~ N(0, I)` (`token_weights`).
 
 Sources: the least squares is that of MergeMoE (https://arxiv.org/abs/2510.14436) for whole experts and of CORP
 (https://arxiv.org/abs/2602.05243), ridge with a bias, for pruned ViTs; the choice of single units is orthogonal
 matching pursuit for several outputs (Tropp, Gilbert and Strauss, Algorithms for simultaneous sparse approximation,
 2006).
 """
+import math
 import warnings
 from typing import Callable, List, Optional, Sequence, Tuple
 
@@ -35,21 +39,22 @@ class Moments:
 
     Attributes:
         tokens: `T`, so far.
-        gram: `sum A^T A`, (C, C).
-        cross: `sum A^T Y`, (C, D).
-        activation: `sum A`, (C,).
-        target: `sum Y`, (D,).
+        mass: `sum w`.
+        gram: `sum w a a^T`, (C, C).
+        cross: `sum w a y^T`, (C, D).
+        activation: `sum w a`, (C,).
+        target: `sum w y`, (D,).
     """
 
     def __init__(self, candidates: int, width: int, device: Optional[torch.device] = None) -> None:
-        self.tokens = 0
+        self.tokens, self.mass = 0, 0.
         self.gram = torch.zeros(candidates, candidates, dtype=torch.float64, device=device)
         self.cross = torch.zeros(candidates, width, dtype=torch.float64, device=device)
         self.activation = torch.zeros(candidates, dtype=torch.float64, device=device)
         self.target = torch.zeros(width, dtype=torch.float64, device=device)
 
-    def add(self, activations: Tensor, targets: Tensor) -> None:
-        """Add a chunk of tokens: `activations` (t, C) and `targets` (t, D).
+    def add(self, activations: Tensor, targets: Tensor, weights: Tensor) -> None:
+        """Add a chunk of tokens: `activations` (t, C), `targets` (t, D) and `weights` (t,).
 
         Raises:
             ValueError: Values that are not finite.
@@ -59,23 +64,25 @@ class Moments:
                 raise ValueError(
                     f'the calibration images give {name} that are not finite; look for broken images, or take a '
                     f'checkpoint from before training diverged.')
-        activations, targets = activations.double(), targets.double()
+        activations, targets, weights = activations.double(), targets.double(), weights.double()
+        weighted = activations * weights[:, None]
         self.tokens += len(activations)
-        self.gram.addmm_(activations.T, activations)
-        self.cross.addmm_(activations.T, targets)
-        self.activation += activations.sum(0)
-        self.target += targets.sum(0)
+        self.mass += float(weights.sum())
+        self.gram.addmm_(weighted.T, activations)
+        self.cross.addmm_(weighted.T, targets)
+        self.activation += weighted.sum(0)
+        self.target += weights @ targets
 
     def normal(self, ridge: float, bias: bool = True) -> Tuple[Tensor, Tensor]:
         """Matrix and right-hand side of the normal equations, (C, C) and (C, D).
 
-        With a bias these are covariances: `A^T A / T - a a^T`, `A^T Y / T - a y^T` for means `a` (C,) and `y` (D,); the
-        bias is not shrunk. To the diagonal of the matrix `ridge` times its mean is added.
+        Means of `a a^T` and `a y^T`, with a bias covariances; the bias is not shrunk. To the diagonal of the matrix
+        `ridge` times its mean is added.
         """
-        gram, cross = self.gram / self.tokens, self.cross / self.tokens
+        gram, cross = self.gram / self.mass, self.cross / self.mass
         if bias:
-            gram.addr_(self.activation / self.tokens, self.activation / self.tokens, alpha=-1)
-            cross.addr_(self.activation / self.tokens, self.target / self.tokens, alpha=-1)
+            gram.addr_(self.activation / self.mass, self.activation / self.mass, alpha=-1)
+            cross.addr_(self.activation / self.mass, self.target / self.mass, alpha=-1)
         gram.diagonal().add_(ridge * gram.diagonal().mean())
         return gram, cross
 
@@ -183,7 +190,7 @@ def solve(moments: Moments, ridge: float, bias: bool = True) -> Tuple[Tensor, Op
             f'the {len(gram)} hidden units depend on each other on {moments.tokens} calibration tokens: give more '
             f'images, or a ridge > 0.')
     down = torch.cholesky_solve(cross, factor).T
-    return down, (moments.target - down @ moments.activation) / moments.tokens if bias else None
+    return down, (moments.target - down @ moments.activation) / moments.mass if bias else None
 
 
 def choose_and_solve(
@@ -191,6 +198,7 @@ def choose_and_solve(
         count: int,
         inputs: Tensor,
         targets: Tensor,
+        weights: Tensor,
         hidden: int,
         ridge: float = 1e-4,
         bias: bool = True,
@@ -203,6 +211,7 @@ def choose_and_solve(
         candidates: From indices of candidates to the function that gives their activations, (t, D) -> (t, n).
         count: `C`.
         inputs, targets: What the layer is given and what it makes of it, (T, D).
+        weights: Of the tokens, (T,).
         hidden: `H`.
         ridge: Relative to the mean of the diagonal.
         bias: Whether the FFN has a bias behind the hidden units.
@@ -219,8 +228,8 @@ def choose_and_solve(
     def measure(index: Sequence[int], stride: int = 1) -> Moments:
         function = candidates(index)
         moments = Moments(len(index), targets.shape[1], inputs.device)
-        for x, y in zip(inputs[::stride].split(_CHUNK), targets[::stride].split(_CHUNK)):
-            moments.add(function(x), y)
+        for x, y, w in zip(*(tensor[::stride].split(_CHUNK) for tensor in (inputs, targets, weights))):
+            moments.add(function(x), y, w)
         return moments
 
     everything = list(range(count))
@@ -234,29 +243,39 @@ def fit(
         ffn: nn.Module,
         inputs: Tensor,
         targets: Tensor,
+        weights: Tensor,
         steps: int,
-        lr: float = 3e-3,
+        lr: Optional[float] = None,
         batch_size: int = 1024,
 ) -> None:
-    """Train an FFN in place to give `targets` (T, D) for `inputs` (T, D): Adam, a cosine from `lr` to 0.
+    """Train an FFN in place to give `targets` (T, D) for `inputs` (T, D): Adam, a tenth of warm-up, a cosine to 0.
 
-    The loss is `|ffn(x) - y|^2` relative to the mean `|y|^2`. Batches are drawn by a generator of their own: the same
-    tensors give the same result, and no other stream of random numbers moves.
+    The loss is `|ffn(x) - y|^2` relative to the mean `|y|^2`; tokens are drawn in proportion to their weights, by a
+    generator of their own: the same tensors give the same result, and no other stream of random numbers moves.
 
     Args:
         ffn: A module that maps (t, D) to (t, D).
         inputs, targets: The tokens.
+        weights: Of the tokens, (T,).
         steps: Optimizer steps.
-        lr: Largest learning rate.
+        lr: Largest learning rate; default `0.02 / sqrt(D)`, which suits weights of the usual scale `1 / sqrt(D)`.
         batch_size: Tokens a step.
     """
     generator = torch.Generator().manual_seed(0)
     scale = targets.float().square().mean().clamp(min=1e-30)
+    ends = weights.double().cpu().cumsum(0) / weights.double().cpu().sum()
+    ends[-1] = 1.
+    lr = 0.02 / inputs.shape[1] ** 0.5 if lr is None else lr
     optimizer = torch.optim.Adam(ffn.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    warmup = steps // 10
+
+    def factor(step: int) -> float:
+        return min((step + 1) / (warmup + 1), 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / (steps - warmup)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     with torch.enable_grad():
         for _ in range(steps):
-            batch = torch.randint(len(inputs), (min(batch_size, len(inputs)),), generator=generator).to(inputs.device)
+            batch = torch.searchsorted(ends, torch.rand(batch_size, generator=generator).double()).to(inputs.device)
             loss = (ffn(inputs[batch]) - targets[batch]).float().square().mean() / scale
             optimizer.zero_grad()
             loss.backward()
@@ -264,8 +283,20 @@ def fit(
             schedule.step()
 
 
+def token_weights(sensitivity: Tensor, floor: float = 0.1) -> Tensor:
+    """Weights of mean 1 from the sensitivities `|J_t^T r|^2` of tokens (T,): `floor + (1 - floor) s_t / mean s`.
+
+    The floor stands for what the first order does not see, and keeps every token in; where nothing is known of any
+    token, all weigh alike.
+    """
+    sensitivity = sensitivity.double()
+    mean = sensitivity.mean()
+    return floor + (1 - floor) * sensitivity / mean if mean > 0 else torch.ones_like(sensitivity)
+
+
 @torch.no_grad()
-def relative_error(outputs: Tensor, targets: Tensor) -> float:
-    """`sqrt(sum |y' - y|^2 / sum |y|^2)` of outputs `y'` (T, D) for targets `y` (T, D)."""
-    targets = targets.double()
-    return float(((outputs.double() - targets).square().sum() / targets.square().sum().clamp(min=1e-300)).sqrt())
+def relative_error(outputs: Tensor, targets: Tensor, weights: Tensor) -> float:
+    """`sqrt(sum w |y' - y|^2 / sum w |y|^2)` of outputs `y'` (T, D) for targets `y` (T, D) at weights `w` (T,)."""
+    targets, weights = targets.double(), weights.double()
+    left, whole = (weights @ values.square().sum(1) for values in (outputs.double() - targets, targets))
+    return float((left / whole.clamp(min=1e-300)).sqrt())

@@ -7,7 +7,7 @@ from torch import nn
 import ewa
 import reference
 from ewa import calibration
-from ewa.calibration import measure_statistics
+from ewa.calibration import measure_statistics, sensitivities
 from ewa.moe import moe_layers
 from gated import GLU, foreign, gated, hide, scatter, sequences
 
@@ -134,3 +134,44 @@ def test_routing_losses_change_nothing(tiny, images):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     losses[0]['load_balance'].backward()  # the graph of the pass is still whole
     assert model.blocks[1].mlp.router.weight.grad.abs().sum() > 0
+
+
+def test_sensitivities_are_squared_derivatives_of_a_random_sum_of_the_outputs():
+    model = foreign().double()
+    (batch,) = [batch.double() for batch in sequences()[:1]]
+    (measured,) = sensitivities(model, [batch])['moe']
+    draw = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))  # 4 sequences, 3 outputs
+
+    def outputs(nudge):
+        handle = model.moe.register_forward_hook(lambda module, args, output: output + nudge)
+        result = model(batch)
+        handle.remove()
+        return (result * draw).sum().item()
+
+    expected = torch.zeros(4, 6)
+    for sequence in range(4):
+        for token in range(6):
+            for unit in range(8):
+                nudge = torch.zeros(4, 6, 8).double()
+                nudge[sequence, token, unit] = 1e-4
+                expected[sequence, token] += ((outputs(nudge) - outputs(-nudge)) / 2e-4) ** 2
+    torch.testing.assert_close(measured, expected.flatten(), rtol=1e-3, atol=1e-8)
+
+
+def test_tokens_that_the_outputs_do_not_depend_on_have_no_sensitivity(tiny, images):
+    model = gated(tiny())  # the class token alone leaves the last block
+    random, grad = torch.get_rng_state(), torch.is_grad_enabled()
+    measured = sensitivities(model, [images[:1], images[1:]])
+    assert [len(values) for values in measured['blocks.3.mlp']] == [17, 34]
+    last = torch.cat(measured['blocks.3.mlp']).view(3, 17)
+    assert (last[:, 0] > 0).all() and (last[:, 1:] == 0).all()
+    assert (torch.cat(measured['blocks.1.mlp']) > 0).all()
+    assert torch.equal(torch.get_rng_state(), random) and torch.is_grad_enabled() == grad
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_outputs_that_are_no_tensor_have_no_sensitivities():
+    model = foreign()
+    model.head = nn.LSTM(8, 3)
+    with pytest.raises(ValueError, match='Foreign returns a tuple: wrap it'):
+        sensitivities(model, sequences())

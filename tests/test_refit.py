@@ -14,11 +14,16 @@ def seed():
     torch.manual_seed(0)
 
 
-def moments_of(activations, targets, chunks=3):
+def moments_of(activations, targets, chunks=3, weights=None):
     moments = Moments(activations.shape[1], targets.shape[1])
-    for part, target in zip(activations.chunk(chunks), targets.chunk(chunks)):
-        moments.add(part, target)
+    weights = torch.ones(len(targets)) if weights is None else weights
+    for part in zip(activations.chunk(chunks), targets.chunk(chunks), weights.chunk(chunks)):
+        moments.add(*part)
     return moments
+
+
+def error_of(outputs, targets):
+    return refit.relative_error(outputs, targets, torch.ones(len(targets)))
 
 
 def problem(tokens=60, candidates=12, width=4):
@@ -65,6 +70,23 @@ def test_solution_equals_the_reference(ridge, bias):
 
 
 @pytest.mark.parametrize('bias', [True, False])
+def test_a_weight_counts_a_token_so_many_times(bias):
+    activations, targets = problem()
+    counts = torch.randint(0, 4, (60,))
+    weighted = moments_of(activations, targets, weights=counts)
+    repeated = moments_of(activations.repeat_interleave(counts, 0), targets.repeat_interleave(counts, 0))
+    assert refit.select(weighted, 7, 1e-3, bias) == refit.select(repeated, 7, 1e-3, bias)
+    for a, b in zip(weighted.normal(1e-3, bias), repeated.normal(1e-3, bias)):
+        torch.testing.assert_close(a, b)
+
+
+def test_token_weights_have_mean_one_and_a_floor():
+    torch.testing.assert_close(
+        refit.token_weights(torch.tensor([0., 0., 0., 4.])), torch.tensor([.1, .1, .1, 3.7]).double())
+    assert refit.token_weights(torch.zeros(3)).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('ridge', [0, 1e-3, .3])
 @pytest.mark.parametrize('number', range(3))
 def test_selection_equals_the_reference(ridge, bias, number):
@@ -79,8 +101,7 @@ def test_greedy_choice_beats_the_largest_activations():
     outputs, _ = refitted(activations, targets, 8)
     largest = activations.square().mean(0).topk(8).indices
     down, bias = refit.solve(moments_of(activations[:, largest], targets), 0.)
-    assert refit.relative_error(outputs, targets) < refit.relative_error(
-        activations[:, largest] @ down.T + bias, targets)
+    assert error_of(outputs, targets) < error_of(activations[:, largest] @ down.T + bias, targets)
 
 
 @pytest.mark.parametrize('permuted', [False, True])
@@ -189,14 +210,24 @@ def test_fit_finds_the_ffn_behind_the_tokens_and_moves_no_other_random_numbers()
     students[1].load_state_dict(students[0].state_dict())
     tokens = torch.randn(500, 4)
     targets = teacher(tokens).detach()
-    before = refit.relative_error(students[0](tokens), targets)
+    before = error_of(students[0](tokens), targets)
     state = torch.get_rng_state()
     for student in students:
-        refit.fit(student, tokens, targets, steps=400, lr=1e-2)
+        refit.fit(student, tokens, targets, torch.ones(500), steps=400)
     assert torch.equal(torch.get_rng_state(), state)
-    assert refit.relative_error(students[0](tokens), targets) < .2 * before
+    assert error_of(students[0](tokens), targets) < .2 * before
     assert all(torch.equal(a, b) for a, b in zip(students[0].parameters(), students[1].parameters()))
 
 
+def test_fit_draws_tokens_by_weight():
+    ffn = nn.Linear(3, 3)
+    before = ffn(torch.ones(1, 3)).detach()
+    tokens = torch.stack([torch.ones(3), torch.full((3,), float('nan'))])
+    refit.fit(ffn, tokens, torch.ones(2, 3), torch.tensor([1., 0.]), steps=20)
+    assert (ffn(torch.ones(1, 3)) - 1).norm() < (before - 1).norm()
+
+
 def test_relative_error_by_hand():
-    assert refit.relative_error(torch.tensor([[3., 0.]]), torch.tensor([[3., 4.]])) == pytest.approx(.8)
+    assert error_of(torch.tensor([[3., 0.]]), torch.tensor([[3., 4.]])) == pytest.approx(.8)
+    weighted = refit.relative_error(torch.tensor([[1.], [0.]]), torch.tensor([[2.], [1.]]), torch.tensor([1., 3.]))
+    assert weighted == pytest.approx((4 / 7) ** .5)
