@@ -5,12 +5,13 @@
 from typing import Dict
 
 from ..setting import Study
-from . import bounded, finetune, gated, gathering, main, mean, share_rate, tune, whole
+from . import bounded, finetune, gated, gathering, main, mean, pretrained, share_rate, tune, whole
 
 STUDIES: Dict[str, Study] = {
     'tune': tune.STUDY,
     'main': main.STUDY,
     'mean': mean.STUDY,
+    'pretrained': pretrained.STUDY,
     'share_rate': share_rate.STUDY,
     'bounded': bounded.STUDY,
     'finetune': finetune.STUDY,

@@ -66,26 +66,29 @@ def tables(lines: Lines, name: str) -> str:
     parts = ['Validation top-1 / NLL over share rate and spread, one seed:', '',
              table(('share rate', *(f'spread {spread:g}' for spread in spreads)), rows)]
     compared = [line for line in lines if line['labels']['variant'] != 'search']
+    if compared:
+        parts += ['', 'Share rate and spread chosen above; 95 % intervals (Student, over seeds):', '',
+                  against_dense(compared)]
+    return '\n'.join([*parts, '', provenance(lines)])
+
+
+def against_dense(lines: Lines) -> str:
+    """Each cell's variants with paired differences to the dense model of equal seeds."""
     rows = []
-    cells = list(dict.fromkeys((line['labels']['images'], line['labels']['epochs']) for line in compared))
-    for images, epochs in cells:
-        groups = {variant: select(compared, images=images, epochs=epochs, variant=variant)
-                  for variant in unique(compared, 'variant')}
-        for variant, group in groups.items():
+    for images, epochs in dict.fromkeys((line['labels']['images'], line['labels']['epochs']) for line in lines):
+        cell = select(lines, images=images, epochs=epochs)
+        dense = select(cell, variant='dense')
+        for variant in unique(lines, 'variant'):
+            group = select(cell, variant=variant)
             if not group:
                 continue
             row = [f'{images:,} x {epochs}', variant, str(len(group))]
             for key, digits in (('top1', 2), ('nll', 3)):
                 scores = by_seed(group, scored(key))
-                differences = paired(scores, by_seed(groups['dense'], scored(key)))
-                row += [mean_se(list(scores.values()), digits),
-                        '' if variant == 'dense' else with_interval(differences, digits)]
+                row += [mean_se(list(scores.values()), digits), '' if variant == 'dense' else
+                        with_interval(paired(scores, by_seed(dense, scored(key))), digits)]
             rows.append(row)
-    if rows:
-        header = ('cell', 'variant', 'seeds', 'top-1', 'to dense', 'NLL', 'to dense')
-        parts += ['', 'Share rate and spread chosen above; 95 % intervals (Student, over seeds):', '',
-                  table(header, rows)]
-    return '\n'.join([*parts, '', provenance(lines)])
+    return table(('cell', 'variant', 'seeds', 'top-1', 'to dense', 'NLL', 'to dense'), rows)
 
 
 STUDY = Study(

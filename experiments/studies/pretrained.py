@@ -1,0 +1,82 @@
+"""A real pretrained ViT fine-tuned on few images: dense, published form and mean form."""
+from typing import Dict, Iterator, List
+
+from ..data import subset
+from ..pretrained import ARCHITECTURE
+from ..runner import Run, read_results
+from ..setting import EWA, Flags, Notes, Setting, Study
+from ..tables import Lines, provenance, select, table, unique
+from .mean import against_dense, mean_form
+
+RATES = (1e-4, 3e-4, 1e-3)
+DROP: Flags = {'drop-path': 0.2}
+VARIANTS: Dict[str, Flags] = {
+    'dense': {},
+    'dense, drop-path': DROP,
+    'no pull, drop-path': dict(EWA, **{'share-rate': 0.}, **DROP),
+    'EWA 0.01, drop-path': dict(EWA, **{'share-rate': 0.01}, **DROP),
+    'mean form 0.01, spread 1, drop-path': dict(mean_form(0.01, 1.), **DROP),
+    'mean form 0, spread 1, drop-path': dict(mean_form(0., 1.), **DROP),
+}
+IMAGES_PER_CLASS = {'glyphs': 5}
+CLASSES = {'glyphs': 271}
+
+
+def best_rate(s: Setting, variant: str) -> float:
+    """The learning rate of a variant with the best validation top-1; equal ones are told apart by the loss."""
+    lines = select(read_results(s.study('pretrained')), variant=variant, stage='search')
+    if not lines:
+        raise ValueError(f'no search of {variant} in results/{s.study("pretrained")}.jsonl: the first stage makes it')
+    return max(lines, key=lambda line: (line['last']['eval_top1'], -line['last']['eval_loss']))['labels']['lr']
+
+
+def runs(s: Setting) -> Iterator[List[Run]]:
+    """The learning rate of each variant on one seed by validation, then all variants on the same seeds."""
+    images = IMAGES_PER_CLASS.get(s.name, 10) * CLASSES.get(s.name, 10)
+    data, start = s.work / f'{s.name}-few', s.work / s.study('pretrained') / 'weights'
+    for split, count in (('train', images), ('val', 1000), ('test', 2000)):
+        subset(s.data / f'{split}.tar', count, data / f'{split}.tar')
+    common = {key: s.flags[key] for key in (
+        'train-split', 'val-split', 'crop-pct', 'no-aug', 'smoothing', 'validation-batch-size', 'workers',
+        'weight-decay', 'sched-on-updates', 'checkpoint-hist', 'log-interval', 'opt-kwargs')}
+    common.update({
+        'data-dir': str(data), 'model': ARCHITECTURE, 'pretrained-path': str(start), 'img-size': 56, 'epochs': 20,
+        'warmup-epochs': 2, 'batch-size': 20, 'layer-decay': 0.75, 'val-interval': 20})
+
+    def run(variant: str, lr: float, seed: int, **labels) -> Run:
+        name = f'{variant}-{lr:g}-{seed}'.replace(', ', '-').replace(' ', '-')
+        return Run(name, dict(common, lr=lr, seed=seed, **VARIANTS[variant]),
+                   dict(variant=variant, images=images, epochs=20, lr=lr, seed=seed, **labels))
+
+    yield [run(variant, lr, 100, stage='search') for variant in VARIANTS for lr in RATES]
+    yield [run(variant, best_rate(s, variant), seed, stage='compared')
+           for seed in range(s.seeds or 5) for variant in VARIANTS]
+
+
+def tables(lines: Lines, name: str) -> str:
+    """Learning rates by validation, then paired differences to dense."""
+    search = select(lines, stage='search')
+    rows = [
+        (variant, *(next((f'{line["last"]["eval_top1"]:.1f} / {line["last"]["eval_loss"]:.3f}'
+                          for line in select(search, variant=variant, lr=lr)), '') for lr in RATES))
+        for variant in unique(search, 'variant')]
+    parts = ['Validation top-1 / NLL over learning rates, one seed:', '',
+             table(('variant', *(f'{lr:g}' for lr in RATES)), rows)]
+    compared = select(lines, stage='compared')
+    if compared:
+        parts += ['', 'At the best learning rate; 95 % intervals (Student, over seeds):', '', against_dense(compared)]
+    return '\n'.join([*parts, '', provenance(lines)])
+
+
+STUDY = Study(
+    question='A real pretrained ViT, fine-tuned on few images: does EWA help, in either form?',
+    cost='48 runs, 2 hours, for each set',
+    runs=runs,
+    tables=tables,
+    setup="""
+DINOv2's ViT-S/14 (`experiments/pretrained.py` makes its folder, `WORK/pretrained-SET/weights`) on images scaled to 56
+pixels, 17 tokens, with a new classifier: 20 epochs at batch size 20 with layer decay 0.75, on the first 10 images of
+each class (glyphs: 5). Experts in all blocks start as copies. 1,000 validation and 2,000 test images.
+""",
+    notes=dict(fashion=Notes(title='Fashion-MNIST'), glyphs=Notes(title='glyphs')),
+)
