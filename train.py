@@ -143,7 +143,8 @@ def make_averager(
         averager = ewa.ExpertAverager(model, share_rate, every=args.share_every)
     else:
         if args.share_rate is None:
-            args.share_rate = 1e-3 if any(is_random(layer) for layer in layers) else 0.
+            args.share_rate = max(
+                (0.1 if hasattr(layer, 'deviations') else 1e-3 for layer in layers if is_random(layer)), default=0.)
         warmup = epochs if args.share_warmup_epochs is None else args.share_warmup_epochs
         averager = ewa.ExpertAverager(
             model, args.share_rate, args.share_schedule, every=args.share_every,

@@ -231,7 +231,7 @@ def train_parser() -> Parser:
         group.add_argument(flag, **settings)
     group.add_argument('--share-rate', type=BELOW_ONE, metavar='R',
                        help='pull of the experts toward their mean after each update, 0 to (E-1)/E; '
-                            'default: 1e-3 for random partition, 0 for gated')
+                            'default: 1e-3 for random partition, 0.1 in mean form, 0 for gated')
     group.add_argument('--share-schedule', choices=SCHEDULES, default='constant', help='course of the share rate')
     group.add_argument('--share-warmup-epochs', type=NOT_NEGATIVE, metavar='N',
                        help='epochs until a linear or cosine share rate is full; default: all')

@@ -152,8 +152,8 @@ def test_recomputed_activations_change_nothing(go, form):
 
 
 def test_the_mean_form_trains_tells_its_deviations_and_converts(go, tmp_path):
-    run = go('--expert-form', 'mean', '--spread', 0.5, '--share-rate', 0.1, '--model-ema', '--amp', '--amp-dtype',
-             'bfloat16', '--grad-accum-steps', 2)
+    run = go('--expert-form', 'mean', '--spread', 0.5, '--model-ema', '--amp', '--amp-dtype', 'bfloat16',
+             '--grad-accum-steps', 2)
     model = ewa.load(run / 'last').eval()
     assert {f'blocks.1.mlp.{part}.fc1.weight' for part in ('mean', 'deviations.0', 'deviations.3')} <= set(weights(run))
     distance = list(scalars(run, 'experts_distance/blocks.1.mlp').values())[-1]
@@ -162,6 +162,7 @@ def test_the_mean_form_trains_tells_its_deviations_and_converts(go, tmp_path):
     vit = timm.create_model(f'local-dir:{tmp_path / "vit"}', pretrained=True).eval()
     x = torch.randn(2, 1, 28, 28)
     assert torch.equal(vit(x), model(x)) and not any(ewa.moe.moe_layers(vit))
+    assert list(scalars(run, 'train/share_rate').values()) == pytest.approx([0.1, 0.1])
 
 
 @pytest.mark.slow
