@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import ewa
-from ewa.data import calibration_batches, class_names, eval_loader, open_dataset, preparation
+from ewa.data import UNREADABLE, calibration_batches, class_names, complaint, eval_loader, open_dataset, preparation
 from ewa.diagnostics import advise, write_report
 from ewa.exporting import NotVerified, require_onnx
 from ewa.gathering import METHODS
@@ -98,10 +98,11 @@ def gather(
 
 @torch.no_grad()
 def logits_of(model: nn.Module, batches: Iterable, device: torch.device) -> Tuple[Tensor, Tensor]:
-    """Logits and labels of all images, (N, classes) and (N,), on the CPU."""
+    """Logits and labels of all images that can be read, (N, classes) and (N,), on the CPU."""
     model = model.to(device).eval()
     pairs = [(model(images.to(device)).float().cpu(), target) for images, target in batches]
-    return torch.cat([output for output, _ in pairs]), torch.cat([target for _, target in pairs])
+    logits, labels = torch.cat([output for output, _ in pairs]), torch.cat([target for _, target in pairs])
+    return logits[labels != UNREADABLE], labels[labels != UNREADABLE]
 
 
 def top1(logits: Tensor, target: Tensor) -> float:
@@ -118,9 +119,23 @@ def print_layers(records: List[Dict[str, Any]], gated: bool) -> None:
               f'{record.get("cosine", float("nan")):>11.4f}{change}')
 
 
-def compare(model: nn.Module, dense: Dict[str, nn.Module], batches: Iterable, device: torch.device) -> Dict[str, float]:
-    """Print how accurate a model is and what conversions make of it; top-1 of each method."""
+def compare(
+        model: nn.Module,
+        dense: Dict[str, nn.Module],
+        batches: DataLoader,
+        device: torch.device,
+) -> Dict[str, float]:
+    """Print how accurate a model is and what conversions make of it; top-1 of each method.
+
+    Raises:
+        ValueError: No image can be read.
+    """
     reference, target = logits_of(model, batches, device)
+    left_out = complaint(batches.dataset)
+    if left_out:
+        print(f'warning: {left_out}')
+    if not len(target):
+        raise ValueError('no validation image can be read: leave --data-dir out to convert without them.')
     print(f'top-1 of {len(target)} images: {top1(reference, target):.2f} before conversion')
     print('  method    top-1  relative change of the logits')
     scores = {}
@@ -191,7 +206,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     for warning in advise(records) if gated and args.method in ('average', 'all') else ():
         print(f'warning: {warning}')
     best = args.method
-    scores = compare(model, dense, batches, device) if batches is not None else {}
+    try:
+        scores = compare(model, dense, batches, device) if batches is not None else {}
+    except ValueError as e:
+        parser.error(str(e))
     if args.method == 'all':
         best = max(scores, key=lambda method: scores[method])
         print(f'Recommended: {best}, the highest top-1 right after gathering. It is what is written now; '

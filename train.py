@@ -36,10 +36,12 @@ import ewa
 from ewa import checkpoint as ckpt
 from ewa.averaging import RatePolicy, runs_hooks
 from ewa.data import (
+    UNREADABLE,
     EpochLength,
     SeededDataset,
     check_classes,
     class_names,
+    complaint,
     epoch_length,
     eval_loader,
     make_mixup,
@@ -311,6 +313,7 @@ def train_epoch(run: Run, epoch: int, accelerator: Accelerator, book: Logbook) -
         if args.sched_on_updates:
             run.scheduler.step_update(state.update)
         book.log_update(state.update, run.optimizer, run.averager, routing)
+    book.warn('Training', complaint(run.train_batches.dataset))
     if not args.sched_on_updates:
         run.scheduler.step(epoch + 1)
     state.epoch = epoch + 1
@@ -328,20 +331,23 @@ def evaluate(model: nn.Module, loader: Iterable, accelerator: Accelerator) -> Di
         with accelerator.autocast():
             output = model(images)
         output, target = accelerator.gather_for_metrics((output.float(), target))
+        output, target = output[target != UNREADABLE], target[target != UNREADABLE]
         ranked = output.topk(min(5, output.shape[1])).indices == target[:, None]
         loss = torch.nn.functional.cross_entropy(output, target, reduction='sum')
         totals += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), loss.new_tensor(len(target))]).double().cpu()
     model.train(training)
     loss, top1, top5, count = totals.tolist()
+    count = max(count, 1)
     return dict(loss=loss / count, top1=100 * top1 / count, top5=100 * top5 / count)
 
 
-def validate(run: Run, accelerator: Accelerator) -> Dict[str, float]:
+def validate(run: Run, accelerator: Accelerator, book: Logbook) -> Dict[str, float]:
     """Metrics of the eval form, for random partition exactly what will be exported, and `ema_` ones of the average."""
     metrics = evaluate(run.model, run.val_batches, accelerator)
     if run.ema is not None:
         metrics.update({
             f'ema_{key}': value for key, value in evaluate(run.ema.module, run.val_batches, accelerator).items()})
+    book.warn('Validation', complaint(run.val_batches.dataset))
     return metrics
 
 
@@ -405,7 +411,7 @@ def main(
     for epoch in range(state.epoch, run.epochs):
         train_epoch(run, epoch, accelerator, book)
         validated = state.epoch % args.val_interval == 0 or state.epoch == run.epochs
-        metrics = validate(run, accelerator) if validated else {}
+        metrics = validate(run, accelerator, book) if validated else {}
         improved = validated and state.improve(metrics)
         state.provenance = dict(updates=state.update, epochs=state.epoch, seed=args.seed, **metrics)
         if run.averager is not None:

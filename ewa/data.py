@@ -1,18 +1,22 @@
 """Data sets of the scripts: timm's own, checked before any work is spent.
 
 What timm's factory lets pass and users lose days on: a split folder that is missing (it then reads the whole root),
-and class folders that differ between training and validation (labels then mean different things).
+class folders that differ between training and validation (labels then mean different things), images without class
+folders or in hidden ones, a tar that was cut off, images that can't be read (it takes their neighbours for them).
 """
 import argparse
 import math
 import os
 import random
+from glob import escape as glob_escape
+from glob import glob
 from itertools import islice
 from typing import Any, Dict, List, NamedTuple, Optional
 
 import numpy as np
 import torch
-from timm.data import Mixup, create_dataset, create_loader
+from PIL import Image
+from timm.data import ImageDataset, Mixup, create_dataset, create_loader
 from timm.data.model_config import resolve_input_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
@@ -39,6 +43,33 @@ def _check_folder(root: str, split: str) -> None:
             f'val/, or name the splits with --train-split and --val-split.')
 
 
+def _check_tar(path: str) -> None:
+    """A tar ends with blocks of zeros; one that was cut off would be read up to there without a word."""
+    size = os.path.getsize(path)
+    with open(path, 'rb') as f:
+        f.seek(max(0, size - 512))
+        if size < 1024 or size % 512 or any(f.read()):
+            raise ValueError(f'{path} is no whole tar: its end is missing. Copy or make it again.')
+
+
+def _check_samples(dataset: ImageSet, where: str) -> None:
+    """Whether the classes of folders or tars are what they seem."""
+    reader = dataset.reader
+    mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
+    if mapping is None:
+        return
+    hidden = next((name for name in mapping if name.startswith('.')), None)
+    if hidden is not None:
+        raise ValueError(f'{where} has images in a hidden folder {hidden}, which would be a class: remove it.')
+    if len(set(mapping.values())) < 2:
+        only = next(iter(mapping), '') or 'none'
+        raise ValueError(
+            f'{where} has images of one class only ({only}): put those of each class into a folder of its own.')
+    missing = sorted(set(range(max(mapping.values()) + 1)) - set(mapping.values()))
+    if missing:
+        raise ValueError(f'The class map of {where} has no class for label {missing[0]}: labels are 0, 1, 2, ...')
+
+
 def open_dataset(args: argparse.Namespace, split: str, is_training: bool, in_chans: int = 3) -> ImageSet:
     """timm's `create_dataset` for the data options of a script.
 
@@ -62,6 +93,13 @@ def open_dataset(args: argparse.Namespace, split: str, is_training: bool, in_cha
             num_samples=args.train_num_samples if is_training else args.val_num_samples, **options)
     if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
         raise ValueError(f'The split {split} of --data-dir {args.data_dir} has no images.')
+    if isinstance(dataset, ImageDataset):
+        source = getattr(dataset.reader, 'root', args.data_dir)
+        for path in [source] if os.path.isfile(source) else glob(os.path.join(glob_escape(source), '*.tar')):
+            if path.endswith('.tar'):
+                _check_tar(path)
+        _check_samples(dataset, f'The split {split} of --data-dir {args.data_dir}')
+        return ReadableImages(dataset, replace=is_training)
     if kind == 'torch':
         return _ImgMode(dataset, args.input_img_mode or ('L' if in_chans == 1 else 'RGB'))
     return dataset
@@ -76,7 +114,10 @@ def class_names(dataset: ImageSet) -> Optional[List[str]]:
     reader = getattr(dataset, 'reader', None)
     mapping = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
     if mapping:
-        return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
+        merged: Dict[int, List[str]] = {}  # a class map may give several folders one label
+        for name, label in mapping.items():
+            merged.setdefault(label, []).append(str(name))
+        return [', '.join(merged[label]) for label in sorted(merged)]
     features = getattr(getattr(reader, 'dataset', None), 'features', None)  # Hugging Face data sets
     label = (features or {}).get(getattr(reader, 'label_key', ''))
     names = getattr(label, 'names', None)
@@ -126,6 +167,62 @@ class Wrapper(Dataset):
     @transform.setter
     def transform(self, transform) -> None:
         self.dataset.transform = transform
+
+
+UNREADABLE = -1  # the label of an image that could not be read
+
+
+class ReadableImages(Wrapper):
+    """timm's `ImageDataset`, which says what it could not read.
+
+    Args:
+        dataset: Images in folders or tars.
+        replace: Give the next image that can be read for one that can't, as timm does; else a blank one with the label
+            `UNREADABLE`.
+    """
+
+    tries = 50
+
+    def __init__(self, dataset: ImageDataset, replace: bool) -> None:
+        super().__init__(dataset)
+        self.replace = replace
+        self._unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # workers fill it in
+
+    def __getitem__(self, index: int):
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # ends an iteration
+        for i in range(index, index + self.tries) if self.replace else (index,):
+            i %= len(self)
+            try:
+                source, target = self.dataset.reader[i][:2]
+                with source, Image.open(source) as opened:
+                    image = opened.convert(self.dataset.input_img_mode or opened.mode)
+            except Exception:  # damaged files bring decoders to raise whatever they like
+                self._unreadable[i] = True
+            else:
+                return self._prepared(image), UNREADABLE if target is None else target
+        if self.replace:
+            raise OSError(f'{self.tries} images in a row can\'t be read, from {self.dataset.filename(index)} on.')
+        return self._prepared(Image.new(self.dataset.input_img_mode or 'RGB', (64, 64))), UNREADABLE
+
+    def _prepared(self, image: Image.Image):
+        return image if self.transform is None else self.transform(image)
+
+    def complaint(self) -> str:
+        """What could not be read so far, in words; empty if all could."""
+        found = self._unreadable.nonzero().flatten().tolist()
+        if not found:
+            return ''
+        done = 'others took their place' if self.replace else 'they are left out'
+        first = self.dataset.filename(found[0])
+        return f'{len(found)} of {len(self)} images can\'t be read, {done}; the first is {first}'
+
+
+def complaint(dataset: ImageSet) -> str:
+    """What could not be read of a data set so far, in words; empty if all could or nobody looked."""
+    while isinstance(dataset, Wrapper) and not isinstance(dataset, ReadableImages):
+        dataset = dataset.dataset
+    return dataset.complaint() if isinstance(dataset, ReadableImages) else ''
 
 
 class _Convert:
@@ -329,4 +426,5 @@ def calibration_batches(dataset: ImageSet, args: argparse.Namespace, data_config
     loader = eval_loader(dataset, args, data_config)  # sets the transform of the data set
     count = min(args.calibration_images, len(dataset))
     picked = Subset(loader.dataset, [i * len(dataset) // count for i in range(count)])
-    return [images for images, _ in DataLoader(picked, batch_size=args.batch_size, num_workers=args.workers)]
+    loaded = DataLoader(picked, batch_size=args.batch_size, num_workers=args.workers)
+    return [kept for images, target in loaded if len(kept := images[target != UNREADABLE])]

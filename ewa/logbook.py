@@ -68,6 +68,7 @@ class Logbook:
         self.updates_per_epoch = updates_per_epoch
         self.log_interval = log_interval
         self.metrics: Dict[str, float] = {}  # of the last validation
+        self.complaints: Dict[str, str] = {}  # by split
         self.board: Optional[SummaryWriter] = None
         if accelerator.is_main_process:
             try:
@@ -88,6 +89,12 @@ class Logbook:
     def say(self, message: str, file: Optional[TextIO] = None) -> None:
         """See `say`."""
         say(self.accelerator, message, file)
+
+    def warn(self, split: str, complaint: str) -> None:
+        """Say once on stderr what is wrong with the images of a split, and again if there is more."""
+        if complaint and self.complaints.get(split) != complaint:
+            self.complaints[split] = complaint
+            self.say(f'{split}: {complaint}.', sys.stderr)
 
     def start_epoch(self, epoch: int) -> None:
         """Begin to sum up an epoch, counted from 0."""

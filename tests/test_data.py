@@ -1,13 +1,29 @@
+import argparse
 import random
+import shutil
 import struct
+import tarfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ewa.data import SeededDataset, check_classes, class_names, eval_loader, open_dataset, seed_all, train_loader
+import ewa.data
+from ewa.data import (
+    UNREADABLE,
+    SeededDataset,
+    calibration_batches,
+    check_classes,
+    class_names,
+    complaint,
+    eval_loader,
+    open_dataset,
+    seed_all,
+    train_loader,
+)
 from ewa.options import train_parser
 from runs import FLAGS, SAMPLE, folder  # noqa: F401  a fixture
 
@@ -202,3 +218,68 @@ def test_images_are_seeded_without_touching_accelerators(monkeypatch):
     dataset = SeededDataset(Drawing(), 5)
     dataset.set_epoch(3)
     assert dataset[1] == expected
+
+
+# what can't be what it seems
+
+def copied(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / 'copy'))
+
+
+def test_images_without_class_folders(folder, tmp_path):
+    root = copied(folder, tmp_path)
+    for path in list((root / 'train').rglob('*.*')):
+        path.rename(root / 'train' / path.name)
+    with pytest.raises(ValueError, match='has images of one class only .*into a folder of its own'):
+        opened(options('--data-dir', root))
+
+
+def test_hidden_folders_are_no_classes(folder, tmp_path):
+    root = copied(folder, tmp_path)
+    shutil.copytree(root / 'train' / 'bag', root / 'train' / '.ipynb_checkpoints')
+    with pytest.raises(ValueError, match='hidden folder .ipynb_checkpoints, which would be a class'):
+        opened(options('--data-dir', root))
+
+
+def test_a_class_map_that_merges_folders(folder, tmp_path):
+    names = sorted(path.name for path in (folder / 'train').iterdir())
+    (tmp_path / 'map.txt').write_text('\n'.join(names))
+    args = options('--data-dir', folder, '--class-map', tmp_path / 'map.txt')
+    train = opened(args)
+    train.dataset.reader.class_to_idx = {name: min(i, 3) for i, name in enumerate(names)}
+    assert class_names(train) == [*names[:3], ', '.join(names[3:])]
+    train.dataset.reader.class_to_idx = {name: i + (i > 2) for i, name in enumerate(names)}
+    with pytest.raises(ValueError, match='has no class for label 3'):
+        ewa.data._check_samples(train.dataset, 'the split')
+
+
+@pytest.mark.parametrize('part', [.3, .5, 'between members', .999])
+def test_a_tar_that_was_cut_off(tmp_path, part):
+    data = (SAMPLE / 'val.tar').read_bytes()
+    with tarfile.open(SAMPLE / 'val.tar') as tar:
+        between = tar.getmembers()[500].offset
+    end = between if part == 'between members' else int(part * len(data)) // 512 * 512
+    (tmp_path / 'train.tar').write_bytes(data[:end])
+    with pytest.raises(ValueError, match='train.tar is no whole tar: its end is missing|train.tar .* unexpected end of data'):
+        opened(options('--data-dir', tmp_path), 'train.tar')
+
+
+@pytest.mark.parametrize('content', [b'', b'no image', None])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_images_that_cant_be_read_are_counted(folder, tmp_path, content, workers):
+    root = copied(folder, tmp_path)
+    for split, many in (('train', 3), ('val', 2)):
+        for path in sorted((root / split).rglob('*.png'))[:many]:
+            path.write_bytes(path.read_bytes()[:150] if content is None else content)
+    args = options('--data-dir', root, '--workers', workers)
+    train, val = opened(args), opened(args, 'validation', False)
+    assert complaint(train) == complaint(SeededDataset(train, 0)) == ''
+    labels = torch.cat([target for _, target in train_loader(SeededDataset(train, 0), args, CONFIG)])
+    assert len(labels) == 80 and (labels >= 0).all()
+    words = "3 of 80 images can't be read, others took their place; the first is "
+    assert complaint(SeededDataset(train, 0)).startswith(words)
+    images, labels = zip(*eval_loader(val, args, CONFIG))
+    assert (torch.cat(labels) == UNREADABLE).sum() == 2 and sum(map(len, images)) == 40
+    assert complaint(val).startswith("2 of 40 images can't be read, they are left out; the first is ankle-boot")
+    assert sum(map(len, calibration_batches(val, argparse.Namespace(
+        **vars(args), calibration_images=40), CONFIG))) == 38
