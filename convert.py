@@ -80,17 +80,31 @@ def open_images(
     return eval_loader(images, args, data_config), calibration
 
 
+def conversions(args: argparse.Namespace, gated: bool) -> Dict[str, Tuple[str, Dict[str, Any]]]:
+    """Methods and their options by the title they have in tables; `all` has refit without and with steps."""
+    if args.method != 'all':
+        return {args.method: (args.method, gathering_options(args, [args.method])[args.method])}
+    titled = {}
+    given = gathering_options(args, [method.name for method in METHODS.values() if gated or not method.needs_data])
+    for method, options in given.items():
+        steps = options.pop('steps', 300)
+        titled[method] = (method, options)
+        if method == 'refit':
+            titled[f'refit, {steps} steps'] = (method, dict(options, steps=steps))
+    return titled
+
+
 def gather(
         model: nn.Module,
-        methods: Dict[str, Dict[str, Any]],
+        methods: Dict[str, Tuple[str, Dict[str, Any]]],
         calibration: Optional[List[Tensor]],
         k: Optional[int] = None,
 ) -> Dict[str, nn.Module]:
-    """A dense model by each of the methods, which come with their options."""
+    """A dense model by each of the methods, which come with their options, by title."""
     dense = {}
-    for method, options in methods.items():
+    for title, (method, options) in methods.items():
         try:
-            dense[method] = ewa.to_dense(model, method, calibration, k=k, **options)
+            dense[title] = ewa.to_dense(model, method, calibration, k=k, **options)
         except (torch.OutOfMemoryError, torch.linalg.LinAlgError) as e:
             raise ValueError(f'--method {method} can\'t be computed here: {e}') from e
     return dense
@@ -119,6 +133,19 @@ def print_layers(records: List[Dict[str, Any]], gated: bool) -> None:
               f'{record.get("cosine", float("nan")):>11.4f}{change}')
 
 
+def print_fits(dense: Dict[str, nn.Module]) -> None:
+    """What methods that fit layers have seen, how far from each layer they stay, and how long they took."""
+    for title, vit in dense.items():
+        record = vit.conversion
+        if 'error' not in record:
+            continue
+        print(f'{title}: {record["calibration_images"]} training images, {record["calibration_tokens"]} tokens a '
+              f'layer, {record["seconds"]:.1f} s')
+        print(f'  {"layer":<24} relative error  on images held out')
+        for layer, error in record['error'].items():
+            print(f'  {layer:<24} {error["fitted"]:>14.4f}  {error.get("held_out", float("nan")):>18.4f}')
+
+
 def compare(
         model: nn.Module,
         dense: Dict[str, nn.Module],
@@ -137,13 +164,13 @@ def compare(
     if not len(target):
         raise ValueError('no validation image can be read: leave --data-dir out to convert without them.')
     print(f'top-1 of {len(target)} images: {top1(reference, target):.2f} before conversion')
-    print('  method    top-1  relative change of the logits')
+    print('  method            top-1  relative change of the logits')
     scores = {}
     for method, vit in dense.items():
         logits, _ = logits_of(vit, batches, device)
         scores[method] = top1(logits, target)
         change = ((logits - reference).norm() / reference.norm()).item()
-        print(f'  {method:<8} {scores[method]:>6.2f}  {change:.4g}')
+        print(f'  {method:<16} {scores[method]:>6.2f}  {change:.4g}')
     tokens = [vit.conversion['calibration_tokens'] for vit in dense.values() if 'calibration_tokens' in vit.conversion]
     if tokens:
         print(f'  (calibration: {max(tokens)} tokens a layer from training images)')
@@ -192,8 +219,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if not layers:
             raise ValueError(f'{args.source} holds a dense model: there is nothing to convert.')
         gated = any(is_gated(layer) for layer in layers.values())
-        methods = gathering_options(args, [args.method] if args.method != 'all' else [
-            method.name for method in METHODS.values() if gated or not method.needs_data])
+        methods = conversions(args, gated)
         data_config = preparation(model, args)
         batches, calibration = open_images(args, model, data_config, known.get('class_names'), gated)
         dense = gather(model, methods, calibration, args.k)
@@ -205,6 +231,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     print_layers(records, gated)
     for warning in advise(records) if gated and args.method in ('average', 'all') else ():
         print(f'warning: {warning}')
+    print_fits(dense)
     best = args.method
     try:
         scores = compare(model, dense, batches, device) if batches is not None else {}

@@ -514,11 +514,16 @@ class Option:
         type: Of its value; bool for a switch.
         help: One line.
         choices: Values it may have; empty: any.
+        flag: On the command line; default: the name.
     """
     name: str
     type: type
     help: str
     choices: Tuple[str, ...] = ()
+    flag: str = ''
+
+    def __post_init__(self):
+        object.__setattr__(self, 'flag', self.flag or f'--{self.name.replace("_", "-")}')
 
 
 @dataclass(frozen=True)
@@ -552,7 +557,8 @@ METHODS: Dict[str, Method] = {method.name: method for method in (
     Method('refit', 'fit', choose_and_solve, 'the `H` hidden units of all experts that explain most of what the layer '
            'computes, and the fc2 that brings them closest to it; `steps` then train each FFN on that',
            'ours; least squares as in MergeMoE (2510.14436), CORP (2602.05243)', needs_data=True, options=(
-               Option('steps', int, 'optimizer steps for each FFN against its layer\'s outputs, without labels'),
+               Option('steps', int, 'optimizer steps for each FFN against its layer\'s outputs, without labels',
+                      flag='--refit-steps'),
                Option('ridge', float, 'of the least squares, relative to the mean of the diagonal'))),
     Method('average', 'merge', average, 'mean of the experts', 'OneS, EWA'),
     Method('sum', 'merge', total, 'sum of the experts', 'OneS', options=(_RESCALE,)),

@@ -398,7 +398,7 @@ def convert_parser() -> Parser:
             settings['action'] = 'store_true'
         else:
             settings.update(type=option.type, choices=option.choices or None)
-        group.add_argument(f'--{name.replace("_", "-")}', **settings)
+        group.add_argument(option.flag, dest=name, **settings)
     group = parser.add_argument_group('Bare files')
     group.add_argument('--model', metavar='NAME', help='architecture of the weights, e.g. vit_small_ewa')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=_KeyValues, metavar='KEY=VALUE',
@@ -434,13 +434,13 @@ def gathering_options(args: argparse.Namespace, methods: Sequence[str]) -> Dict[
         ValueError: None of them has such an option.
     """
     given: Dict[str, Dict[str, Any]] = {method: {} for method in methods}
-    for name, (_, takers) in _method_options().items():
+    for name, (option, takers) in _method_options().items():
         value = getattr(args, name)
         if value is None:
             continue
         if not any(method in takers for method in methods):
             raise ValueError(
-                f'--{name.replace("_", "-")} is an option of {", ".join(takers)}, not of {", ".join(methods)}: leave '
+                f'{option.flag} is an option of {", ".join(takers)}, not of {", ".join(methods)}: leave '
                 'it out or give another --method.')
         for method in methods:
             if method in takers:

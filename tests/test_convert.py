@@ -12,9 +12,12 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+import convert
 import ewa
 from ewa.checkpoint import checkpoints
 from ewa.diagnostics import distances_to_mean
+from ewa.exporting import write_folder
+from gated import scatter
 from runs import TINY, config_of, fails, files, folder, logits_and_labels, run_convert, summary, top1, trained  # noqa: F401  fixtures among them
 
 BARE = ['--model', 'vit_ewa', '--model-kwargs', *(f'{k}={v}' for k, v in TINY.items() if k != 'num_classes')]
@@ -280,3 +283,37 @@ def test_a_mistake_of_ours_is_a_traceback(trained, tmp_path, monkeypatch, where)
     monkeypatch.setattr(where, _broken)
     with pytest.raises(TypeError, match='NoneType'):
         run_convert(trained / 'best', '--output', tmp_path / 'vit')
+
+
+@pytest.mark.filterwarnings('ignore:.*calibration tokens for')
+def test_refit_says_what_it_saw_and_what_is_left(folder, out, tmp_path, capsys):
+    torch.manual_seed(0)
+    moe = scatter(timm.create_model('vit_ewa', router='topk', **TINY))
+    write_folder(moe, tmp_path / 'moe')
+    run_convert(tmp_path / 'moe', '--output', out, '--method', 'refit', '--refit-steps', 3, '--data-dir', folder,
+                '--calibration-images', 40, '--workers', 0)
+    text = capsys.readouterr().out
+    record = config_of(out)['ewa']
+    assert record['method'] == 'refit' and record['steps'] == 3 and record['calibration_images'] == 40
+    assert f'refit: 40 training images, {35 * 17} tokens a layer, {record["seconds"]:.1f} s' in text
+    for layer, error in record['error'].items():
+        assert re.search(rf'{layer} +{error["fitted"]:.4f} +{error["held_out"]:.4f}\n', text)
+    assert vanilla(out).blocks[1].mlp.fc1.out_features == moe.blocks[1].mlp.experts[0].fc1.out_features
+    for flags, words in (
+            (['--method', 'refit'], 'refit needs calibration images'),
+            (['--refit-steps', 3], '--refit-steps is an option of refit, not of average')):
+        code, lines = fails(run_convert, tmp_path / 'moe', '--output', tmp_path / 'x', *flags)
+        assert code == 2 and words in lines[-1]
+
+
+def test_all_methods_have_refit_without_and_with_steps():
+    def titles(*flags, gated=True):
+        args = convert.convert_parser().parse_args(['moe', '--output', 'vit', *flags])
+        return convert.conversions(args, gated)
+
+    everything = titles('--method', 'all', '--ridge', '0.01')
+    assert {title: value for title, value in everything.items() if value[0] == 'refit'} == {
+        'refit': ('refit', dict(ridge=.01)), 'refit, 300 steps': ('refit', dict(ridge=.01, steps=300))}
+    assert titles('--method', 'all', '--refit-steps', '7')['refit, 7 steps'] == ('refit', dict(steps=7))
+    assert titles('--method', 'refit', '--refit-steps', '7') == dict(refit=('refit', dict(steps=7)))
+    assert not any('refit' in title for title in titles('--method', 'all', gated=False))

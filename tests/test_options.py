@@ -156,7 +156,7 @@ def test_every_option_of_a_method_is_a_flag_with_help():
     for method in METHODS.values():
         assert f'{method.name}: {method.summary[:20]}'.replace('`', '') in text
         for option in method.options:
-            assert f'--{option.name} ' in text and option.help[:30] in text
+            assert f'{option.flag} ' in text and option.help[:30] in text
 
 
 def test_options_go_to_the_methods_that_take_them():
