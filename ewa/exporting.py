@@ -18,11 +18,11 @@ from timm.models import get_model_input_config, save_for_hf
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from . import version
 from .foreign import foreign
 from .identity import WEIGHT_CFG, plain_forward
 from .model_card import CARD, OURS, model_card
 from .moe import evaluating, moe_layers
-from .version import __version__
 
 PathLike = Union[str, os.PathLike]
 # what belongs to the model in a folder (the third is of timm's own writer)
@@ -219,7 +219,7 @@ def _write_onnx(model: nn.Module, path: Path) -> None:
 
 def versions() -> Dict[str, str]:
     """Versions of this package and of what wrote the weights."""
-    return {'ewa': __version__, 'timm': timm.__version__, 'torch': str(torch.__version__)}
+    return {'ewa': version.__version__, 'timm': timm.__version__, 'torch': str(torch.__version__)}
 
 
 def _size(model: nn.Module) -> int:

@@ -10,7 +10,6 @@ import ewa.vision_transformer
 from ewa.checkpoint import checkpoints
 from ewa.distillation import forward_flops
 from ewa.exporting import write_folder
-from ewa.foreign import foreign
 from ewa.moe import moe_layers
 from ewa.options import train_parser
 from ewa.sources import build_model, load_source, load_teacher
@@ -218,16 +217,6 @@ def test_a_name_with_a_host_of_its_own_takes_no_other():
 
 
 # complaints of others, mistakes of ours
-
-def test_a_complaint_of_another_library_is_one_line():
-    with pytest.raises(ValueError, match='--this 3 is wrong: two lines$') as e, foreign('--this 3 is wrong'):
-        raise RuntimeError('two\n  lines')
-    assert isinstance(e.value.__cause__, RuntimeError)
-    with pytest.raises(ValueError, match='^m: AssertionError$'), foreign('m', AssertionError):
-        raise AssertionError
-    with pytest.raises(KeyError), foreign('m', AssertionError, TypeError):
-        raise KeyError('another error than was asked for')
-
 
 @pytest.mark.parametrize('name', ['to_moe', 'load_experts'])
 @pytest.mark.parametrize('error', [TypeError, RuntimeError, KeyError])
