@@ -182,7 +182,9 @@ def describe_ffn(module: nn.Module) -> str:
         if isinstance(part, nn.Conv2d) and _map_size(part) is None:
             return f'its {name} is a convolution over neighbouring tokens'
     if _layout(module) is not None:
-        return 'it does not treat each token by itself'
+        parts = [type(part).__name__ for part in module.modules()][1:]
+        holds = [name for name in parts if 'norm' in name.lower()]
+        return 'it does not treat each token by itself' + (f' (it holds a {holds[0]})' if holds else '')
     return 'it is not made of maps from its width to hidden units and back'
 
 
@@ -281,7 +283,7 @@ def block_of(name: str) -> str:
     `blocks.0.2`, `blocks.1.ffns.0.mlp` (branches of a block) -> `blocks.1`. Class attention and pooling heads are no
     blocks: their FFNs see one token an image.
     """
-    if re.search(r'token_only|cls_|pool|head', name):
+    if re.search(r'token_only|cls_|pool|head|post_network', name):  # of CaiT, XCiT, several, several, VOLO
         return ''
     match = re.match(r'(.*\bblocks(?:\.\d+)+)(\.|$)', name) or re.match(r'(.*\d)(?:\.[^.\d]*)*\.[^.]+$', name)
     return match.group(1) if match else ''
@@ -348,14 +350,24 @@ def select_ffns(model: nn.Module, layers: Union[str, Sequence[int], Sequence[str
 
 def _nearest_ffn(model: nn.Module) -> str:
     """What a model has that looks like an FFN, and why it is none."""
+    near: Dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             return f': {name} holds the two linear layers of its FFN itself; give it an FFN module of its own'
-        maps = [size for child in module.children() if (size := _map_size(child)) is not None]
+        if hasattr(module, 'in_proj') and hasattr(module, 'mlp_act'):  # timm's ParallelScalingBlock
+            return f': {name} holds the linear layers of its FFN itself, each in one matrix with those of its attention'
+        maps = [size for _, part in _parts(module) if (size := _map_size(part)) is not None]
         attends = 'attn' in name or 'attention' in type(module).__name__.lower()
-        if not name or attends or len(maps) < 2:
+        if not name or attends or not 2 <= len(maps) <= 3:
             continue
         (width, up), (hidden, back) = maps[0], maps[-1]
-        if width == back and up in (hidden, 2 * hidden):
-            return f': {name} is none, since {describe_ffn(module)}'
-    return ''
+        if width == back <= up and up in (hidden, 2 * hidden):  # what has fewer hidden units than channels is a gate
+            near[name] = module
+    # the first one that has no other inside
+    innermost = (name for name in near if not any(other.startswith(f'{name}.') for other in near))
+    return next((f': {name} is none, since {describe_ffn(near[name])}' for name in innermost), '')
+
+
+def outside_blocks(model: nn.Module) -> List[str]:
+    """Names of the FFNs that stand in no block: those of class attention and of pooling heads."""
+    return [name for name in find_ffns(model) if not block_of(name)]

@@ -4,6 +4,7 @@ Axis legend: `E` experts, `H` hidden width, `D` width.
 """
 import inspect
 import math
+import re
 import warnings
 from collections import Counter
 from copy import deepcopy
@@ -15,7 +16,7 @@ import torch
 from timm.models import register_notrace_module
 from torch import nn
 
-from .ffn import Layout, block_of, build_ffn, find_ffns, layout_of, read_ffn, select_ffns
+from .ffn import Layout, block_of, build_ffn, find_ffns, layout_of, outside_blocks, read_ffn, select_ffns
 from .gathering import FFNWeights, take
 from .identity import describe_moe
 from .moe import ROUTERS, MeanFormMoE, RandomPartitionMoE, TopKMoE, check_plain, is_moe, moe_layers, pieces
@@ -166,6 +167,11 @@ def to_moe(
         if shared:
             raise ValueError(
                 f'{" and ".join(shared)} are one parameter; as experts they would no longer be. Leave {name} out.')
+    left_out = outside_blocks(model) if isinstance(layers, str) and re.match('every:|last:|all$', layers) else []
+    if left_out:
+        warnings.warn(
+            f'{", ".join(left_out)} stay dense: FFNs outside the blocks (class attention, pooling) see one token an '
+            f'image. layers= takes their names.', stacklevel=2)
     _warn(model, layouts, gated, top_k, num_shared, cut, renormalise)
 
     layers_made: Dict[str, nn.Module] = {}

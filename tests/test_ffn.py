@@ -41,7 +41,7 @@ def test_blocks_in_nested_lists_are_counted_one_by_one():
     ('encoder.layers.encoder_layer_3.mlp', 'encoder.layers.encoder_layer_3'),
     ('features.1.0.mlp', 'features.1.0'), ('parallel_blocks.0.mlp2', 'parallel_blocks.0'), ('layers.0.1', 'layers.0'),
     ('network.0.3.mlp', 'network.0.3'), ('encoder.3.output.mlp', 'encoder.3'),
-    ('blocks_token_only.0.mlp', ''), ('attn_pool.mlp', ''),
+    ('blocks_token_only.0.mlp', ''), ('attn_pool.mlp', ''), ('cls_attn_blocks.0.mlp', ''), ('post_network.0.mlp', ''),
 ])
 def test_the_block_of_an_ffn(name, block):
     assert block_of(name) == block
@@ -123,7 +123,7 @@ def test_ffns_are_found_in_whatever_surroundings():
 
 @pytest.mark.parametrize('module, reason', [
     (nn.Sequential(nn.Linear(8, 20), SpatialGate(), nn.Linear(20, 8)), 'does not treat each token by itself'),
-    (timm.layers.GlobalResponseNormMlp(8, 20), 'does not treat each token by itself'),
+    (timm.layers.GlobalResponseNormMlp(8, 20), 'does not treat each token by itself (it holds a GlobalResponseNorm)'),
     (nn.Sequential(nn.Conv2d(8, 20, 1), nn.BatchNorm2d(20), nn.Conv2d(20, 8, 1)), 'BatchNorm2d) takes statistics'),
     (nn.Sequential(nn.Conv2d(8, 20, 1), nn.Conv2d(20, 20, 3, padding=1, groups=20), nn.Conv2d(20, 8, 1)),
      'its 1 is a convolution over neighbouring tokens'),

@@ -1,0 +1,1 @@
+"""EWA in training loops of other libraries, each importable where its library is: `lightning`, `transformers`."""
