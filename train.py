@@ -9,17 +9,22 @@ Writes under OUTPUT/EXPERIMENT: args.yaml, summary.csv, TensorBoard events, chec
 folders last/ and best/. These hold the MoE; `python convert.py OUTPUT/EXPERIMENT/best --output DIR` makes the plain
 ViT.
 """
+from __future__ import annotations
+
 import argparse
 import logging
+import math
+import signal
 import sys
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, broadcast_object_list
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, gather_object
 from timm.data import Mixup
 from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -218,7 +223,7 @@ def build(
     if args.torchcompile:
         with foreign(f'--torchcompile {args.torchcompile} --torchcompile-mode {args.torchcompile_mode}'):
             called = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
-    state = ckpt.start(model, args, names, data_config)
+    state = ckpt.start(model, args, names, data_config, num_processes)
     state.averager = averager.state_dict() if averager is not None else None
     if resume_from is not None:
         state = ckpt.resume(resume_from, state)
@@ -256,6 +261,65 @@ def prepare(run: Run, accelerator: Accelerator) -> None:
         run.scheduler.step(state.epoch)
 
 
+class Interrupt:
+    """Ends a run at its next update when it is asked to by Ctrl-C or SIGTERM; a second time it ends at once.
+
+    Args:
+        experiment: Folder of the run.
+    """
+
+    def __init__(self, experiment: Path) -> None:
+        self.experiment = experiment
+        self.signal = 0
+        if threading.current_thread() is threading.main_thread():
+            self.former = {kind: signal.signal(kind, self.note) for kind in (signal.SIGINT, signal.SIGTERM)}
+        else:
+            self.former = {}
+
+    def __enter__(self) -> Interrupt:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for kind, handler in self.former.items():
+            signal.signal(kind, handler)
+
+    def note(self, kind: int, frame: Any) -> None:
+        """Be asked to end; whoever had the signals before gets them back."""
+        self.signal = kind
+        self.__exit__()
+
+    def save_if_due(self, run: Run, accelerator: Accelerator, book: Logbook, batch: int) -> None:
+        """After an update within an epoch: save if it is time to, and end if that was asked for.
+
+        Raises:
+            SystemExit: The run was interrupted; exit code 128 and the number of the signal.
+        """
+        every = run.args.recovery_interval
+        due = bool(every) and run.state.update % every == 0
+        if accelerator.num_processes > 1:  # all end at the same update
+            self.signal = max(gather_object([self.signal]))
+        if not (due or self.signal):
+            return
+        state = replace(run.state, batch=batch, loss_sum=accelerator.reduce(book.loss_sum, reduction='mean').item())
+        state.count(book.images, book.seconds, run.flops_per_image)
+        if run.averager is not None:
+            state.averager = run.averager.state_dict()
+        ema = run.ema.module.state_dict() if run.ema is not None else None
+        ckpt.save_checkpoint(accelerator, self.experiment, state, ema, run.args.checkpoint_hist)
+        self.end_if_asked(state, book)
+
+    def end_if_asked(self, state: ckpt.RunState, book: Logbook) -> None:
+        """End if that was asked for; the state is saved.
+
+        Raises:
+            SystemExit: It was; exit code 128 and the number of the signal.
+        """
+        if self.signal:
+            book.say(f'Interrupted at update {state.update}, which is saved; go on with the same command and --resume '
+                     f'--experiment {self.experiment.name}.', sys.stderr)
+            sys.exit(128 + self.signal)
+
+
 def introduction(run: Run, accelerator: Accelerator) -> str:
     """The line a run begins with."""
     args, device = run.args, accelerator.device.type
@@ -272,15 +336,17 @@ def introduction(run: Run, accelerator: Accelerator) -> str:
         f'rate {args.lr:.3g}.')
 
 
-def train_epoch(run: Run, epoch: int, accelerator: Accelerator, book: Logbook) -> None:
+def train_epoch(run: Run, epoch: int, accelerator: Accelerator, book: Logbook, interrupt: Interrupt) -> None:
     """One pass over the training images."""
     args, state = run.args, run.state
     run.model.train()
     set_epoch(run.train_batches, epoch)
+    first = state.batch  # those before are in the checkpoint
+    batches = accelerator.skip_first_batches(run.train_batches, first) if first else run.train_batches
     if run.mixup is not None and args.mixup_off_epoch:
         run.mixup.mixup_enabled = epoch < args.mixup_off_epoch
-    book.start_epoch(epoch)
-    for batch, (images, target) in enumerate(run.train_batches):
+    book.start_epoch(epoch, first, state.loss_sum)
+    for batch, (images, target) in enumerate(batches, first):
         seed_all(args.seed, 2, accelerator.process_index, epoch, batch)
         images, target = images.to(accelerator.device), target.to(accelerator.device)
         if run.mixup is not None:
@@ -313,10 +379,12 @@ def train_epoch(run: Run, epoch: int, accelerator: Accelerator, book: Logbook) -
         if args.sched_on_updates:
             run.scheduler.step_update(state.update)
         book.log_update(state.update, run.optimizer, run.averager, routing)
+        if batch + 1 < run.length.batches:
+            interrupt.save_if_due(run, accelerator, book, batch + 1)
     book.warn('Training', complaint(run.train_batches.dataset))
     if not args.sched_on_updates:
         run.scheduler.step(epoch + 1)
-    state.epoch = epoch + 1
+    state.epoch, state.batch, state.loss_sum = epoch + 1, 0, 0.
     state.count(book.images, book.seconds, run.flops_per_image)
 
 
@@ -390,7 +458,7 @@ def main(
             if state.epoch >= run.epochs:
                 say(accelerator, f'{experiment} is finished: {state.epoch} of {run.epochs} epochs are done.')
                 return state.best
-            say(accelerator, f'Resuming from {resume_from}, epoch {state.epoch}.' if resume_from else
+            say(accelerator, ckpt.resumption(resume_from, state) if resume_from else
                 f'No checkpoint in {experiment}: starting fresh.')
         prepare(run, accelerator)
         accelerator.wait_for_everyone()
@@ -408,22 +476,27 @@ def main(
         book.say(f'Teacher {args.teacher}: top-1 {args.teacher_top1:.2f}.')
     sample = next(iter(run.val_batches))[0]  # what the usage of experts is shown on
 
-    for epoch in range(state.epoch, run.epochs):
-        train_epoch(run, epoch, accelerator, book)
-        validated = state.epoch % args.val_interval == 0 or state.epoch == run.epochs
-        metrics = validate(run, accelerator, book) if validated else {}
-        improved = validated and state.improve(metrics)
-        state.provenance = dict(updates=state.update, epochs=state.epoch, seed=args.seed, **metrics)
-        if run.averager is not None:
-            state.averager = run.averager.state_dict()
-            state.provenance.update(share_rate=args.share_rate, share_schedule=args.share_schedule)
-        ema = run.ema.module.state_dict() if run.ema is not None else None
-        book.end_epoch(run.plain_model, state, metrics, improved, sample, run.optimizer, ema)
-        ckpt.save_checkpoint(accelerator, experiment, state, ema, args.checkpoint_hist)
+    with book, Interrupt(experiment) as interrupt:
+        for epoch in range(state.epoch, run.epochs):
+            train_epoch(run, epoch, accelerator, book, interrupt)
+            validated = state.epoch % args.val_interval == 0 or state.epoch == run.epochs
+            metrics = validate(run, accelerator, book) if validated else {}
+            if not math.isfinite(metrics.get('loss', 0.)):
+                book.diverged(f'The validation loss is {metrics["loss"]}', state.update, run.optimizer)
+            improved = validated and state.improve(metrics)
+            state.provenance = dict(updates=state.update, epochs=state.epoch, seed=args.seed, **metrics)
+            if run.averager is not None:
+                state.averager = run.averager.state_dict()
+                state.provenance.update(share_rate=args.share_rate, share_schedule=args.share_schedule)
+            ema = run.ema.module.state_dict() if run.ema is not None else None
+            book.end_epoch(run.plain_model, state, metrics, improved, sample, run.optimizer, ema)
+            ckpt.save_checkpoint(accelerator, experiment, state, ema, args.checkpoint_hist)
+            if state.epoch < run.epochs:
+                interrupt.end_if_asked(state, book)
 
-    book.close(
-        state, has_experts=run.averager is not None, teacher_top1=args.teacher_top1 if run.task is not None else None,
-        dense_top1=args.dense_top1)
+        book.conclude(
+            state, has_experts=run.averager is not None,
+            teacher_top1=args.teacher_top1 if run.task is not None else None, dense_top1=args.dense_top1)
     accelerator.end_training()
     return state.best
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Union, get_args, get_origin, get_type_hints
 
 import safetensors.torch
 from timm.models import get_model_args
@@ -31,6 +32,13 @@ if TYPE_CHECKING:  # models are read from checkpoints also where nobody trains
 _NAME = re.compile(r'update-(\d{8,})')
 # flags that a run can't change on its way: what they make is part of a checkpoint
 FLAGS = ('opt', 'weight_decay', 'layer_decay', 'model_ema', 'torchcompile', 'eval_metric')
+# what decides which images an update sees: with another value the rest of a run would be that of no run
+STREAM = ('seed', 'batch_size', 'grad_accum_steps', 'processes', 'dataset', 'train_split', 'class_map')
+# flags that may be others when a run goes on, and need no word
+FREE = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'val_interval',
+        'checkpoint_hist', 'recovery_interval', 'validation_batch_size', 'teacher_top1', 'dense_top1', 'data_dir',
+        'initial_checkpoint', 'pretrained_path', 'pretrained', 'model', 'model_kwargs', 'dataset_download')
+_NEWER = ('batch', 'loss_sum', 'settings')  # entries that checkpoints of version 0.1.0 lack
 _INSIDE: Dict[str, Dict[str, type]] = {  # what must be in the dictionaries of a `RunState`
     'model': {'architecture': str},
     'best': {'value': float, 'epoch': int, 'weights': str},
@@ -52,6 +60,9 @@ class RunState:
         images: Training images seen by all processes.
         seconds: Time spent on training epochs.
         pflops: 1e15 floating-point operations of training, the teacher's included.
+        batch: Micro-batches done of the epoch that has begun.
+        loss_sum: Sum of their losses, the mean over processes.
+        settings: Other flags that the course of a run depends on, see `SETTINGS`.
         best: Value of `--eval-metric`, epoch (from 1), weights (`'model'` or `'EMA'`), all metrics of the best epoch.
         provenance: What is written into model folders about their training.
         averager: Position of the `ExpertAverager`; None for a dense model.
@@ -65,6 +76,9 @@ class RunState:
     images: int = 0
     seconds: float = 0.
     pflops: float = 0.
+    batch: int = 0
+    loss_sum: float = 0.
+    settings: Dict[str, Any] = field(default_factory=dict)
     best: Optional[Dict[str, Any]] = None
     provenance: Dict[str, Any] = field(default_factory=dict)
     averager: Optional[Dict[str, int]] = None
@@ -92,9 +106,10 @@ class RunState:
         metric = self.flags['eval_metric']
         sign = -1 if metric == 'loss' else 1
         value, weights = metrics[metric], 'model'
-        if sign * metrics.get(f'ema_{metric}', -sign * float('inf')) > sign * value:
-            value, weights = metrics[f'ema_{metric}'], 'EMA'
-        if self.best is not None and not sign * value > sign * self.best['value']:
+        ema = metrics.get(f'ema_{metric}', math.nan)
+        if sign * ema > sign * value or math.isnan(value):
+            value, weights = ema, 'EMA'
+        if math.isnan(value) or (self.best is not None and not sign * value > sign * self.best['value']):
             return False
         self.best = dict(value=value, epoch=self.epoch, weights=weights, **metrics)
         return True
@@ -110,9 +125,13 @@ def start(
         args: argparse.Namespace,
         class_names: Optional[List[str]],
         data_config: Dict[str, Any],
+        processes: int = 1,
 ) -> RunState:
     """The state of a run that has not begun."""
-    return RunState(describe(model), {key: vars(args)[key] for key in FLAGS}, class_names, data_config)
+    settings = {key: value for key, value in vars(args).items() if key not in FREE and key not in FLAGS}
+    return RunState(
+        describe(model), {key: vars(args)[key] for key in FLAGS}, class_names, data_config,
+        settings=json.loads(json.dumps(dict(settings, processes=processes), default=str)))
 
 
 def resume(checkpoint: Path, fresh: RunState) -> RunState:
@@ -133,9 +152,29 @@ def resume(checkpoint: Path, fresh: RunState) -> RunState:
         raise ValueError(
             f'{checkpoint} was trained with --{key.replace("_", "-")} {state.flags[key]}, here it is '
             f'{fresh.flags[key]}.')
+    changed = changes(state.settings, fresh.settings)
+    key = next((key for key in STREAM if key in changed), None)
+    if key is not None:
+        old, new = changed[key]
+        raise ValueError(
+            f'{checkpoint} was trained with {key.replace("_", " ")} {old}, here it is {new}: the rest would be trained '
+            f'on other images. Give the same, or start anew with --initial-checkpoint.')
+    state.settings = fresh.settings
     if (state.averager is None) != (fresh.averager is None):
         raise ValueError(f'{checkpoint} can\'t be resumed: its state.json and its model disagree on having experts.')
     return state
+
+
+def changes(old: Dict[str, Any], new: Dict[str, Any]) -> Dict[str, Tuple[Any, Any]]:
+    """Settings that are others than they were, by name: (old, new)."""
+    return {key: (old[key], new[key]) for key in old if key in new and old[key] != new[key]}
+
+
+def resumption(checkpoint: Path, state: RunState) -> str:
+    """Where a run goes on, and which of its flags are others than before, in words."""
+    changed = changes(read_state(checkpoint).settings, state.settings)
+    told = ''.join(f' --{key.replace("_", "-")} is {new} now, it was {old}.' for key, (old, new) in changed.items())
+    return f'Resuming from {checkpoint}, epoch {state.epoch}{f", batch {state.batch}" * bool(state.batch)}.{told}'
 
 
 def checkpoints(experiment: Path) -> List[Path]:
@@ -160,6 +199,10 @@ def resume_point(experiment: Path, resuming: bool, named: bool) -> Optional[Path
         if not named:
             raise ValueError('--resume needs --experiment NAME, the run to go on with.')
         found = checkpoints(experiment)
+        if not found and experiment.exists() and (not experiment.is_dir() or any(experiment.iterdir())):
+            raise ValueError(
+                f'{experiment} has no checkpoint to go on from: give another --experiment, or start from its model '
+                f'with --initial-checkpoint {experiment / "last"}.')
         return found[-1] if found else None
     if experiment.exists() and (not experiment.is_dir() or any(experiment.iterdir())):
         raise ValueError(f'{experiment} exists: give another --experiment, or --resume to go on with it.')
@@ -254,6 +297,8 @@ def read_state(checkpoint: Path) -> RunState:
         raise ValueError(f'{path} is damaged: it holds no table of entries.')
     hints = get_type_hints(RunState)
     for key, hint in hints.items():
+        if key in _NEWER:
+            entries.setdefault(key, {} if key == 'settings' else 0)
         if key not in entries:
             raise ValueError(f'{path} has no entry {key}: it is damaged or of a version this one can\'t go on with.')
         value = entries[key]

@@ -1,5 +1,6 @@
 """Folders out: what `timm.create_model('local-dir:DIR', pretrained=True)` loads, and transformers."""
 import copy
+import ctypes
 import json
 import os
 import shutil
@@ -51,24 +52,56 @@ def replace_folder(new: Path, final: Path, ours: Optional[Sequence[str]] = None)
     for path in [*new.iterdir(), new]:
         _fsync(path)
     old = None
-    if final.exists():
+    if final.exists() or final.is_symlink():
         old = Path(tempfile.mkdtemp(prefix=f'.{final.name}.old-', dir=final.parent))
-        os.rename(final, old / final.name)
-    try:
-        os.rename(new, final)
-    except OSError:
-        if old is not None:
-            os.rename(old / final.name, final)
-            old.rmdir()
-        raise
+        if _exchange(new, final):
+            try:
+                os.rename(new, old / final.name)
+            except OSError:
+                _exchange(new, final)
+                old.rmdir()
+                raise
+        else:
+            os.rename(final, old / final.name)
+    if new.exists():
+        try:
+            os.rename(new, final)
+        except OSError:
+            if old is not None:
+                os.rename(old / final.name, final)
+                old.rmdir()
+            raise
     _fsync(final.parent)
     if old is not None:
         replaced = old / final.name
-        if ours is not None and not replaced.is_symlink():
+        if replaced.is_symlink():
+            replaced.unlink()
+        elif ours is not None:
             for path in replaced.iterdir():
                 if path.name not in ours and not (path.name == CARD and OURS in path.read_text(errors='replace')):
                     os.rename(path, final / path.name)
         shutil.rmtree(old)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two paths change names in one step, so that at no moment there is none; False where the system can't."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+
+
+def clean_up(directory: Path) -> None:
+    """Remove what killed runs left half written in a folder, and bring back what they had moved aside."""
+    for left in directory.glob('.*.old-*'):
+        for path in left.iterdir():
+            if not (directory / path.name).exists():
+                os.rename(path, directory / path.name)
+        shutil.rmtree(left)
+    for left in [*directory.glob('.*.new-*'), *directory.glob('.*.new')]:
+        shutil.rmtree(left)
 
 
 @contextmanager

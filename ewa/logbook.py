@@ -3,7 +3,11 @@
 Everything lies in the folder of the run: `args.yaml`, `summary.csv`, events, and `last/` and `best/`, which hold the
 model itself (a MoE stays one) with its EMA weights beside it.
 """
+from __future__ import annotations
+
+import fcntl
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,10 +23,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .averaging import ExpertAverager
-from .checkpoint import RunState
+from .checkpoint import RunState, checkpoints
 from .diagnostics import diagnose, similarity_figure, usage_figure
 from .distillation import benefit_kept
-from .exporting import write_folder
+from .exporting import clean_up, write_folder
 
 
 def say(accelerator: Accelerator, message: str, file: Optional[TextIO] = None) -> None:
@@ -49,7 +53,7 @@ class Logbook:
         log_interval: Updates between log entries.
 
     Raises:
-        ValueError: The folder can't be made.
+        ValueError: The folder can't be made, or another run writes to it.
     """
 
     def __init__(
@@ -75,6 +79,15 @@ class Logbook:
                 experiment.mkdir(parents=True, exist_ok=True)
             except OSError as e:
                 raise ValueError(f'--output {arguments["output"]} can\'t be written: {e.strerror}.') from e
+            self.lock = os.open(experiment, os.O_RDONLY)
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                os.close(self.lock)
+                raise ValueError(f'{experiment} is being written by another run: give another --experiment.') from e
+            clean_up(experiment)
+            if (experiment / 'checkpoints').is_dir():
+                clean_up(experiment / 'checkpoints')
             text = yaml.safe_dump(arguments)
             (experiment / 'args.yaml').write_text(text)
             trim_summary(str(experiment / 'summary.csv'), state.epoch + 1)
@@ -86,6 +99,16 @@ class Logbook:
             dynamic_ncols=True,
             bar_format='{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}]{postfix}')
 
+    def __enter__(self) -> Logbook:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
+            fcntl.flock(self.lock, fcntl.LOCK_UN)  # loading processes have the file open too
+            os.close(self.lock)
+
     def say(self, message: str, file: Optional[TextIO] = None) -> None:
         """See `say`."""
         say(self.accelerator, message, file)
@@ -96,12 +119,12 @@ class Logbook:
             self.complaints[split] = complaint
             self.say(f'{split}: {complaint}.', sys.stderr)
 
-    def start_epoch(self, epoch: int) -> None:
-        """Begin to sum up an epoch, counted from 0."""
+    def start_epoch(self, epoch: int, batches: int = 0, loss_sum: float = 0.) -> None:
+        """Begin to sum up an epoch, counted from 0, of which micro-batches may be done already."""
         self.epoch = epoch + 1
         self.bar.set_description(f'epoch {self.epoch}/{self.epochs}')
-        self.loss_sum = torch.zeros((), device=self.accelerator.device)
-        self.batches = 0
+        self.loss_sum = torch.tensor(float(loss_sum), device=self.accelerator.device)
+        self.batches = batches
         self.images = 0
         self.started = time.time()
 
@@ -140,8 +163,7 @@ class Logbook:
             return
         self.loss = self.accelerator.reduce(self.loss_sum, reduction='mean').item() / self.batches
         if not math.isfinite(self.loss):
-            self.say(f'The training loss is {self.loss} in epoch {self.epoch}: stopping.', sys.stderr)
-            sys.exit(1)
+            self.diverged(f'The training loss is {self.loss}', update, optimizer)
         self.speed = self.images / self.seconds
         if self.board is None:
             return
@@ -156,6 +178,19 @@ class Logbook:
         self.bar.set_postfix_str(f'loss {self.loss:.3f}, top-1 {top1:.1f}, {self.speed:.0f} images/s')
         if not self.interactive and not last:
             self.say(f'epoch {self.epoch}/{self.epochs} update {update} loss {self.loss:.4f} {self.speed:.0f} images/s')
+
+    def diverged(self, what: str, update: int, optimizer: Optimizer) -> None:
+        """Stop a run whose numbers are not finite, before they are written anywhere.
+
+        Raises:
+            SystemExit: Exit code 1.
+        """
+        found = checkpoints(self.experiment)
+        way_out = (f'go on from {found[-1].name} with --resume and a smaller --lr' if found
+                   else 'start again with a smaller --lr')
+        self.say(f'{what} in epoch {self.epoch}, at update {update}, learning rate {learning_rate(optimizer):.3g}: '
+                 f'stopping; {way_out}.', sys.stderr)
+        sys.exit(1)
 
     def end_epoch(
             self,
@@ -206,7 +241,7 @@ class Logbook:
         self.say(f'epoch {state.epoch}/{self.epochs}: loss {self.loss:.4f}{_scores(metrics)}, '
                  f'{self.speed:.0f} images/s{_spread(records)}')
 
-    def close(
+    def conclude(
             self,
             state: RunState,
             has_experts: bool,
@@ -222,8 +257,6 @@ class Logbook:
             dense_top1: Accuracy of a dense model without a teacher.
         """
         self.bar.close()
-        if self.board is not None:
-            self.board.close()
         if teacher_top1 is not None:
             top1 = self.metrics['top1']
             kept = '' if dense_top1 is None else (

@@ -344,6 +344,8 @@ def train_parser() -> Parser:
     group.add_argument('--pin-mem', action='store_true', help='pin host memory of batches')
     group.add_argument('--log-interval', type=COUNT, default=50, metavar='N', help='updates between log entries')
     group.add_argument('--val-interval', type=COUNT, default=1, metavar='N', help='epochs between validations')
+    group.add_argument('--recovery-interval', type=WHOLE, default=0, metavar='N',
+                       help='updates between checkpoints within an epoch; 0: only at its end')
     group.add_argument('--checkpoint-hist', type=COUNT, default=2, metavar='N', help='checkpoints to keep')
     group.add_argument('--eval-metric', choices=('top1', 'top5', 'loss'), default='top1',
                        help='what best/ is chosen by')

@@ -1,6 +1,9 @@
 import dataclasses
 import json
+import os
 import shutil
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,7 +180,8 @@ def test_a_state_that_is_another_kind_of_json(checkpoint):
         read_state(path)
 
 
-@pytest.mark.parametrize('key', [field.name for field in dataclasses.fields(RunState)])
+@pytest.mark.parametrize('key', [field.name for field in dataclasses.fields(RunState)
+                                 if field.name not in ('batch', 'loss_sum', 'settings')])
 def test_an_entry_that_is_missing_is_named(checkpoint, key):
     path, rewrite = checkpoint
     rewrite(**{key: 'gone'})
@@ -219,7 +223,12 @@ def test_what_may_be_absent_may_be(checkpoint):
 def test_a_state_of_version_0_1_0(checkpoint):
     path, rewrite = checkpoint
     rewrite(batch=0, model=dict(architecture='vit_ewa', num_experts=4, init='auto'))
-    assert read_state(path).model == dict(architecture='vit_ewa', num_experts=4)
+    path.joinpath('state.json').write_text(json.dumps({
+        k: v for k, v in json.loads((path / 'state.json').read_text()).items()
+        if k not in ('loss_sum', 'settings')}))
+    found = read_state(path)
+    assert found.model == dict(architecture='vit_ewa', num_experts=4)
+    assert (found.batch, found.loss_sum, found.settings) == (0, 0., {})
 
 
 @pytest.mark.parametrize('file', ['model.safetensors', 'optimizer.bin', 'random_states_0.pkl'])
@@ -330,23 +339,34 @@ EXACT = ['--epochs', 3, '--model-ema', '--model-ema-decay', 0.9, '--mixup', 0.8,
     ['--workers', 0, '--expert-form', 'mean', '--spread', 0.5],
     pytest.param(['--workers', 0, '--router', 'topk', '--opt', 'lamb'], marks=pytest.mark.slow),
 ], ids=['workers0', 'workers2', 'mean', 'gated'])
-def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(go, monkeypatch, capsys, flags):
+@pytest.mark.parametrize('how, where', [
+    ('crash', 'update-00000003, epoch 1.'),  # the end of the first epoch
+    (signal.SIGTERM, 'update-00000005, epoch 1, batch 4.'), (signal.SIGINT, 'update-00000005, epoch 1, batch 4.'),
+    ('recovery', 'update-00000004, epoch 1, batch 2.')], ids=str)
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(go, monkeypatch, capsys, flags, how, where):
+    if how in (signal.SIGINT, 'recovery') and flags[:3] != ['--workers', 2, '--warmup-epochs']:
+        pytest.skip('one kind of flags is enough')
     whole = go(*EXACT, *flags, experiment='whole')
     seed_all = train.seed_all
 
     def interrupted(*key):
-        if key == (42, 2, 0, 1, 3):  # in the middle of the second epoch
-            raise KeyboardInterrupt
+        if key == (42, 2, 0, 1, 3):  # in the middle of the second epoch, and of an update
+            if isinstance(how, str):
+                raise MemoryError
+            os.kill(os.getpid(), how)
         seed_all(*key)
 
     monkeypatch.setattr(train, 'seed_all', interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        go(*EXACT, *flags, experiment='parts')
+    with pytest.raises(MemoryError if isinstance(how, str) else SystemExit) as e:
+        go(*EXACT, *flags, *(['--recovery-interval', 2] * (how == 'recovery')), experiment='parts')
+    said = capsys.readouterr()
+    if not isinstance(how, str):
+        assert e.value.code == 128 + how and said.err.count('\n') == 1
+        assert 'Interrupted at update 5, which is saved; go on with the same command and --resume' in said.err
     monkeypatch.setattr(train, 'seed_all', seed_all)
     torch.manual_seed(1234)  # what happened in this process meanwhile does not matter
-    capsys.readouterr()
     parts = go(*EXACT, *flags, '--resume', experiment='parts')
-    assert f'Resuming from {checkpoints(parts)[0].parent / "update-00000003"}, epoch 1.' in capsys.readouterr().out
+    assert f'Resuming from {checkpoints(parts)[0].parent}/{where}' in capsys.readouterr().out
 
     for name in ('model.safetensors', 'ema.safetensors'):
         assert equal(load_file(newest(whole) / name), load_file(newest(parts) / name))
@@ -360,7 +380,8 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(go, monkeypatch, cap
         assert one.keys() == other.keys()
         assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
     states = [read_state(newest(run)) for run in (whole, parts)]
-    states[0].seconds = states[1].seconds
+    for state in states:
+        state.seconds, state.settings = 0., {}
     assert states[0] == states[1]
     timings = ('train_seconds',)
     rows = [[{k: v for k, v in row.items() if k not in timings} for row in summary(run)] for run in (whole, parts)]
@@ -416,3 +437,81 @@ def test_a_damaged_checkpoint_is_one_line_before_anything_is_written(trained, fo
                             '--model-ema', '--epochs', 3)
         assert code == 2 and 'update-00000010' in lines[-1] and lines[-1].startswith('train.py: error: ')
         assert files(tmp_path / 'run') == before
+
+
+# what must not be lost, or begun in silence
+
+def test_a_finished_run_without_checkpoints_is_not_overwritten(trained, folder, tmp_path):
+    run = Path(shutil.copytree(trained, tmp_path / 'run'))
+    shutil.rmtree(run / 'checkpoints')
+    before = files(run)
+    code, lines = fails(run_train, '--data-dir', folder, '--output', tmp_path, '--experiment', 'run', '--resume')
+    assert code == 2 and len(lines) == 1 and 'has no checkpoint to go on from' in lines[0] and files(run) == before
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--seed', 7], 'trained with seed 42, here it is 7'), (['--batch-size', 8], 'batch size 16, here it is 8'),
+    (['--grad-accum-steps', 2], 'grad accum steps 1, here it is 2')])
+def test_a_run_goes_on_with_its_own_stream_of_images(trained, folder, flags, words):
+    code, lines = fails(run_train, '--data-dir', folder, '--output', trained.parent, '--experiment', trained.name,
+                        '--resume', '--model-ema', '--epochs', 3, *flags)
+    assert code == 2 and len(lines) == 1 and words in lines[0]
+
+
+def test_flags_that_are_others_are_told(go, capsys):
+    go('--epochs', 1, experiment='run')
+    go('--epochs', 2, '--lr', 0.01, '--drop', 0.1, '--resume', experiment='run')
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('Resuming'))
+    assert '--lr is 0.01 now, it was 0.002.' in line and '--epochs is 2 now, it was 1.' in line and 'seed' not in line
+
+
+def test_two_runs_on_one_folder(go, folder, tmp_path, monkeypatch):
+    second = {}
+    end_epoch = train.Logbook.end_epoch
+
+    def meanwhile(book, *args, **kwargs):
+        if not second:
+            second.update(zip(('code', 'lines'), fails(
+                run_train, '--data-dir', folder, '--output', book.experiment.parent, '--experiment',
+                book.experiment.name, '--resume')))
+        end_epoch(book, *args, **kwargs)
+
+    monkeypatch.setattr(train.Logbook, 'end_epoch', meanwhile)
+    first = go('--epochs', 2, experiment='run')
+    assert second['code'] == 2 and len(second['lines']) == 1
+    assert 'is being written by another run' in second['lines'][0] or 'has no checkpoint' in second['lines'][0]
+    assert len(summary(first)) == 2
+
+
+@pytest.mark.parametrize('metric', ['top1', 'loss'])
+def test_not_a_number_never_wins(metric):
+    state = RunState({}, dict(eval_metric=metric), None, {})
+    nan = float('nan')
+    assert not state.improve({metric: nan}) and state.best is None
+    assert state.improve({metric: 1.}) and not state.improve({metric: nan})
+    assert state.improve({metric: nan, f'ema_{metric}': 5. if metric == 'top1' else .5})
+    assert state.best['weights'] == 'EMA'
+
+
+def test_a_diverged_run_leaves_its_results_alone(go, monkeypatch, capsys):
+    run = go('--epochs', 1, experiment='run')
+    before = files(run / 'best'), files(run / 'last'), [path.name for path in checkpoints(run)]
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, 'evaluate', lambda *args: dict(evaluate(*args), loss=float('nan')))
+    with pytest.raises(SystemExit) as e:
+        go('--epochs', 2, '--resume', experiment='run')
+    err = capsys.readouterr().err
+    assert e.value.code == 1 and 'The validation loss is nan in epoch 2, at update 10, learning rate' in err
+    assert 'go on from update-00000005 with --resume and a smaller --lr' in err
+    assert (files(run / 'best'), files(run / 'last'), [path.name for path in checkpoints(run)]) == before
+
+
+def test_leftovers_of_killed_runs_are_cleaned_up(go):
+    run = go('--epochs', 1, experiment='run')
+    weights_before = files(run / 'best')
+    (run / '.best.old-x').mkdir()
+    (run / 'best').rename(run / '.best.old-x' / 'best')  # killed between two renames
+    (run / '.last.new-y').mkdir()
+    (run / 'checkpoints' / '.update-00000007.new').mkdir()
+    go('--epochs', 2, '--resume', experiment='run')
+    assert not list(run.rglob('.*')) and (run / 'best').is_dir() and weights_before

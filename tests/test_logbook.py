@@ -159,7 +159,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(book, capsys, loss):
     book.count(torch.tensor(loss), 10)
     with pytest.raises(SystemExit) as e:
         book.log_update(2, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.))
-    assert e.value.code == 1 and f'The training loss is {loss} in epoch 1: stopping.' in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert e.value.code == 1 and f'The training loss is {loss} in epoch 1, at update 2, learning rate 1: stop' in err
 
 
 def test_a_folder_that_can_not_be_made(book, tmp_path):
@@ -177,7 +178,7 @@ def test_the_last_lines(book, capsys, tmp_path, weights, has_experts, last):
     state.best = dict(value=61.234, epoch=2, weights=weights)
     book.metrics = dict(top1=60.)
     state.count(100, 2., 1e13)
-    book.close(state, has_experts, teacher_top1=70., dense_top1=50.)
+    book.conclude(state, has_experts, teacher_top1=70., dense_top1=50.)
     distilled, best, where = capsys.readouterr().out.splitlines()
     assert distilled == ('Distilled with 100 images, 1 PFLOP, 2 s: top-1 60.00, 50.0 % of the benefit of the teacher '
                          '(70.00) over a dense model (50.00) kept.')
