@@ -1,7 +1,8 @@
-"""Time and memory to load a released MoE model and to average its experts, at the sizes that were released.
+"""Time and memory to load a released MoE model and to convert it, at the sizes that were released.
 
-    python benchmarks/load_released.py                 # writes files of random weights (5 GB in the temporary folder)
-    python benchmarks/load_released.py DIR swin_moe    # files of yours
+    python benchmarks/load_released.py                  # files of random weights (2 GB in the temporary folder)
+    python benchmarks/load_released.py DIR swin_moe     # files of yours
+    python benchmarks/load_released.py --method refit --images 1024 --only V-MoE-S
 """
 import argparse
 import platform
@@ -50,7 +51,7 @@ def own_memory() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def measure(path: Path, layout: str) -> str:
+def measure(path: Path, layout: str, method: str, images: int) -> str:
     """The cells of a row, measured in this process."""
     torch.set_num_threads(1)
     before, peak, done = own_memory(), [0.], threading.Event()
@@ -63,13 +64,19 @@ def measure(path: Path, layout: str) -> str:
     started = time.perf_counter()
     model = ewa.load(path, layout=layout).eval()
     loading = time.perf_counter() - started
-    most, started = peak[0] - before, time.perf_counter()
-    dense = ewa.to_dense(model)
-    averaging = time.perf_counter() - started
+    most, peak[0] = peak[0] - before, 0
+    side = model.pretrained_cfg['input_size'][-1]
+    batches = [torch.randn(min(images - start, 32), 3, side, side) for start in range(0, images, 32)]
+    started = time.perf_counter()
+    dense = ewa.to_dense(model, method, batches or None)
+    converting = time.perf_counter() - started
+    time.sleep(0.1)
     done.set()
     count = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, dense)]
     size = sum(file.stat().st_size for file in path.iterdir()) / 1e9
-    return f'{size:.2f} | {count[0]:.0f} | {count[1]:.0f} | {loading:.0f} | {most:.1f} | {averaging:.0f}'
+    cells = (f'{size:.2f}', f'{count[0]:.0f}', f'{count[1]:.0f}', f'{loading:.0f}', f'{most:.1f}', f'{converting:.0f}',
+             f'{peak[0] - before:.1f}')
+    return ' | '.join(cells)
 
 
 def main() -> None:
@@ -77,18 +84,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('directory', nargs='?')
     parser.add_argument('layout', nargs='?', choices=('swin_moe', 'v_moe'))
+    parser.add_argument('--method', default='average')
+    parser.add_argument('--images', type=int, default=0, help='random ones, for methods that look at images')
+    parser.add_argument('--only', default='', help='models whose names begin so')
     args = parser.parse_args()
     if args.directory:
-        print(measure(Path(args.directory), args.layout))
+        print(measure(Path(args.directory), args.layout, args.method, args.images))
         return
     print(f'{platform.machine()}, 1 CPU thread, torch {torch.__version__}\n')
     columns = ('random weights as', 'files (GB)', 'parameters (M)', 'of the dense model (M)', 'loading (s)',
-               'memory for it (GB)', 'averaging (s)')
+               'memory for it (GB)', f'{args.method} (s)', 'memory then (GB)')
     print(f'| {" | ".join(columns)} |\n|' + '---|' * len(columns))
     for name, (layout, size) in SIZES.items():
+        if not name.startswith(args.only):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             write(layout, size, Path(folder))
-            row = subprocess.run([sys.executable, __file__, folder, layout], check=True, capture_output=True, text=True)
+            row = subprocess.run([
+                sys.executable, __file__, folder, layout, '--method', args.method, '--images', str(args.images)],
+                check=True, capture_output=True, text=True)
         print(f'| {name} | {row.stdout.strip()} |', flush=True)
 
 
