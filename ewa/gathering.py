@@ -140,10 +140,11 @@ def total(experts: Sequence[FFNWeights], rescale: bool = False) -> FFNWeights:
 
 
 def top_kg(experts: Sequence[FFNWeights], rescale: bool = False) -> FFNWeights:
-    """Top-KG (OneS): the H/E hidden units of largest l2 norm from each expert, side by side, H in all.
+    """Top-KG (OneS): the H/E hidden units of highest score from each expert, side by side, H in all.
 
-    A hidden unit is the joint vector of `FFNWeights.units`. The units of an expert keep their order and their own norm
-    parameters; the down bias is averaged. Where E does not divide H the first H % E experts give one unit more.
+    As published the score is the l2 norm of the unit's row of the up matrix (in a GLU: of both) plus that of its column
+    of the down matrix. The units of an expert keep their order, their biases and norm parameters; the down bias is
+    averaged. Where E does not divide H the first H % E experts give one unit more.
 
     Args:
         experts: E experts of equal shapes.
@@ -155,34 +156,40 @@ def top_kg(experts: Sequence[FFNWeights], rescale: bool = False) -> FFNWeights:
     """
     wide = _check(experts)
     shares = _shares(wide[0].hidden, len(wide))
-    parts = [take(expert, _largest(expert.units().norm(dim=1), n)) for expert, n in zip(wide, shares)]
+    scores = [expert.up.transpose(0, 1).flatten(1).norm(dim=1) + expert.down.norm(dim=0) for expert in wide]
+    parts = [take(expert, _largest(score, n)) for expert, score, n in zip(wide, scores, shares)]
     result = _map_fields(parts, lambda name, ts: mean(ts) if name == 'down_bias' else torch.cat(ts, dim=1))
     if rescale:
         result = _rescale(result, wide, ('up', 'up_bias', 'down'))
     return _like(result, experts[0])
 
 
-def svd_kg(experts: Sequence[FFNWeights], rescale: bool = False) -> FFNWeights:
-    """SVD-KG (OneS): `W = sum_e U_e[:, :n] S_e[:n] V_e[:, :n]^T`, n = r/E leading triplets, r = min(shape) of W.
+def svd_kg(experts: Sequence[FFNWeights], rescale: bool = False, share: float = 0.5) -> FFNWeights:
+    """SVD-KG (OneS): `W = sum_e U_e[:, :n_e] S_e[:n_e] V_e[:, :n_e]^T`, the leading triplets of each expert.
 
-    Done for each of the G up matrices and for the down matrix; biases and norm parameters are averaged. Where E does
-    not divide r the first r % E experts give one triplet more.
+    As published `n_e` adapts: the fewest triplets that hold a given share of the sum of the singular values of `W_e`.
+    Done for each of the G up matrices and for the down matrix; biases and norm parameters are averaged.
 
     Args:
         experts: E experts of equal shapes.
         rescale: Ours, not in the paper: multiply each matrix by one scalar, so that its Frobenius norm is the mean of
             the experts' (a zero matrix stays zero).
+        share: Of the sum of the singular values, over 0 and at most 1. The paper's value is not known to us.
 
     Raises:
-        ValueError: When the experts do not fit each other.
+        ValueError: When the experts do not fit each other, or a share out of its range.
     """
     wide = _check(experts)
+    if not 0 < share <= 1:
+        raise ValueError(f'share must be > 0 and <= 1, got {share}: it is what the kept singular values add up to.')
 
     def truncated_sum(matrices: Sequence[Tensor]) -> Tensor:
         result = torch.zeros_like(matrices[0])
-        for matrix, n in zip(matrices, _shares(min(matrices[0].shape[-2:]), len(matrices))):
+        for matrix in matrices:
             u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-            result = result + (u[..., :n] * s[..., None, :n]) @ vh[..., :n, :]
+            before = s.cumsum(-1) - s  # the sum of those in front of each
+            kept = s * (before < share * s.sum(-1, keepdim=True))
+            result = result + (u * kept[..., None, :]) @ vh
         return result
 
     result = _map_fields(wide, lambda name, ts: truncated_sum(ts) if name in ('up', 'down') else mean(ts))
@@ -562,10 +569,11 @@ METHODS: Dict[str, Method] = {method.name: method for method in (
                Option('ridge', float, 'of the least squares, relative to the mean of the diagonal'))),
     Method('average', 'merge', average, 'mean of the experts', 'OneS, EWA'),
     Method('sum', 'merge', total, 'sum of the experts', 'OneS', options=(_RESCALE,)),
-    Method('top_kg', 'merge', top_kg, 'the `H/E` hidden units of largest l2 norm of each expert, side by side; output '
-           'bias averaged', 'OneS, Top-KG', options=(_RESCALE,)),
-    Method('svd_kg', 'merge', svd_kg, 'per matrix, the sum of each expert\'s leading `r/E` singular triplets; biases '
-           'averaged', 'OneS, SVD-KG', options=(_RESCALE,)),
+    Method('top_kg', 'merge', top_kg, 'the `H/E` hidden units of each expert whose row of fc1 and column of fc2 have '
+           'the largest norms (their sum), side by side; output bias averaged', 'OneS, Top-KG', options=(_RESCALE,)),
+    Method('svd_kg', 'merge', svd_kg, 'per matrix, the sum over experts of the fewest leading singular triplets that '
+           'hold a share of the sum of singular values; biases averaged', 'OneS, SVD-KG', options=(
+               _RESCALE, Option('share', float, 'of the sum of singular values that is kept, default 0.5'))),
     Method('usage', 'merge', _by_usage, 'mean weighted by the tokens each expert got',
            'the weighting of M-SMoE (2310.01334)', needs_data=True),
     Method('aligned', 'merge', aligned, 'hidden units of each expert permuted to match the first (linear assignment), '

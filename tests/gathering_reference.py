@@ -56,11 +56,17 @@ def pick(expert, units):
     return result
 
 
+def score(expert, h):
+    """Norm of the rows of hidden unit h plus norm of its column."""
+    rows = [value for matrix in expert['up'] for value in matrix[h].tolist()]
+    return sum(v * v for v in rows) ** .5 + sum(v * v for v in expert['down'][:, h].tolist()) ** .5
+
+
 def top_kg(experts, rescale=False):
     hidden = experts[0]['up'].shape[1]
     kept = []
     for expert, n in zip(experts, parts(hidden, len(experts))):
-        ranked = sorted(range(hidden), key=lambda h: -sum(v * v for v in unit(expert, h)))
+        ranked = sorted(range(hidden), key=lambda h: -score(expert, h))
         if n:
             kept.append(pick(expert, sorted(ranked[:n])))
     result = {name: torch.cat([k[name] for k in kept], dim=1) for name in kept[0] if name != 'down_bias'}
@@ -71,13 +77,17 @@ def top_kg(experts, rescale=False):
     return result
 
 
-def svd_kg(experts, rescale=False):
+def svd_kg(experts, rescale=False, share=.5):
     def gather(matrices):
         result = torch.zeros_like(matrices[0])
-        for matrix, n in zip(matrices, parts(min(matrices[0].shape), len(matrices))):
+        for matrix in matrices:
             u, s, vh = torch.linalg.svd(matrix)
-            for i in range(n):
+            held = 0.
+            for i in range(len(s)):
+                if held >= share * s.sum():
+                    break
                 result += s[i] * torch.outer(u[:, i], vh[i])
+                held += s[i]
         return result
 
     result = average(experts)

@@ -6,7 +6,8 @@ and sums of 4 experts are exact.
 
     PYTHONPATH=. python tests/recipes.py DIR    # writes what golden/ holds, as the code at hand computes it
 
-`golden/` was written by version 0.1.0. It is not to be written again: it stands for the models that users have.
+`golden/` was written by version 0.1.0, but for what `top_kg` and `svd_kg` make, whose meaning has changed since. It is
+not to be written again: it stands for the models that users have.
 """
 import hashlib
 import json

@@ -65,7 +65,8 @@ def test_methods_equal_the_reference(layout, num_experts):
     for rescale in (False, True):
         assert_same(gathering.total(experts, rescale=rescale), reference.total(dicts, rescale))
         assert_same(gathering.top_kg(experts, rescale=rescale), reference.top_kg(dicts, rescale))
-        assert_same(gathering.svd_kg(experts, rescale=rescale), reference.svd_kg(dicts, rescale))
+        for share in (.3, .5, 1.):
+            assert_same(gathering.svd_kg(experts, rescale, share), reference.svd_kg(dicts, rescale, share))
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -82,7 +83,7 @@ def test_alignment_equals_trying_every_permutation(layout):
 def test_one_expert_is_reproduced(method, layout):
     expert = make_expert(dtype=torch.float32, **layout)
     if method == 'svd_kg':
-        assert_same(METHODS[method]([expert]), expert, rtol=1e-5, atol=1e-5)
+        assert_same(gathering.svd_kg([expert], share=1.), expert, rtol=1e-5, atol=1e-5)
     else:
         assert_identical(METHODS[method]([expert]), expert)
 
@@ -174,6 +175,24 @@ def test_top_kg_keeps_strong_units_in_order(layout):
     gathered = gathering.top_kg([weak, strong])
     assert torch.equal(gathered.down[:, 3:], strong.down[:, [1, 4]])
     assert torch.equal(gathered.up[:, 3:], strong.up[:, [1, 4]])
+
+
+def test_top_kg_scores_rows_and_columns_by_the_sum_of_their_norms():
+    ffn = FFNWeights(torch.zeros(1, 4, 2), torch.zeros(2, 4))
+    ffn.up[0, :, 0] = torch.tensor([3., 3., 4., 0.])
+    ffn.down[0] = torch.tensor([3., 2.9, 0., 5.])  # sums 6, 5.9, 4, 5; joint norms 4.2, 4.2, 4, 5
+    kept = gathering.top_kg([ffn, ffn])
+    assert kept.down[0].tolist() == pytest.approx([3, 2.9] * 2)
+
+
+def test_svd_kg_keeps_as_many_triplets_as_hold_the_share():
+    values = torch.tensor([4., 3., 2., 1.])
+    expert = FFNWeights(torch.diag(values)[None], torch.eye(4))
+    for share, rank in ((.4, 1), (.41, 2), (.7, 2), (.71, 3), (1., 4)):
+        kept = gathering.svd_kg([expert], share=share).up[0]
+        torch.testing.assert_close(kept, torch.diag(values * (torch.arange(4) < rank)), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match='share must be > 0 and <= 1, got 0'):
+        gathering.svd_kg([expert], share=0)
 
 
 def test_units_hold_rows_bias_and_column():

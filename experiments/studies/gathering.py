@@ -147,7 +147,8 @@ STUDY = Study(
 The teacher has 8 experts, 2 a token, in every second block or in all, started as copies. With full-width experts
 `do_acp` keeps a single one, so it is not the published method here. Distillation: one epoch over the given number of
 training images (288,000 and 864,000: four and twelve over all), temperature 2, label and KL terms weighted half each, a
-quarter of the teacher's learning rate (random start: all of the dense model's).
+quarter of the teacher's learning rate (random start: all of the dense model's). Lines of `top_kg` and `svd_kg` up to
+version 0.1.0 are by an earlier reading of OneS: units by the norm of their joint vector, `r/E` singular triplets.
 """,
     notes=dict(
         glyphs=Notes(title='glyphs, FFNs as wide as the model', setup="""
