@@ -130,6 +130,19 @@ def _new_folder(directory: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
+def _untied(model: nn.Module) -> nn.Module:
+    """A copy in which a module that stands in several places (CoaT) is several: safetensors holds no tensor twice."""
+    model = copy.deepcopy(model)
+    seen = set()
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in seen:
+                parent._modules[name] = copy.deepcopy(child)
+            elif child is not None:
+                seen.add(child)
+    return model
+
+
 def write_folder(
         model: nn.Module,
         directory: PathLike,
@@ -175,6 +188,8 @@ def write_folder(
     plain_forward(model)
     if not all(value.is_contiguous() for value in model.state_dict().values()):  # channels_last
         model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    if len({id(value) for value in model.state_dict(keep_vars=True).values()}) < len(model.state_dict()):
+        model = _untied(model)
     model.pretrained_cfg = dict({k: v for k, v in cfg.items() if k not in WEIGHT_CFG}, tag='', license='')
     extra: Dict[str, Any] = {'ewa': {**(provenance or {}), 'versions': versions()}}
     if class_names is not None:

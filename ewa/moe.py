@@ -7,7 +7,6 @@ one asks here: `pulled`, `kind`, `renormalises`, `route`, `shared_experts`, `lay
 """
 import math
 import weakref
-from collections import OrderedDict
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -227,11 +226,15 @@ def is_plain(ffn: nn.Module) -> bool:
 
 def mean_state(experts: Iterable[nn.Module]) -> Dict[str, Tensor]:
     """Name to mean over experts, for every parameter and buffer of an expert. Keeps the autograd graph."""
-    states = [OrderedDict([*expert.named_parameters(), *expert.named_buffers()]) for expert in experts]
-    return {
-        name: mean([state[name] for state in states]) if value.is_floating_point() else value
-        for name, value in states[0].items()
-    }
+    experts = list(experts)
+    parameters = [dict(expert.named_parameters()) for expert in experts]
+    buffers = [dict(expert.named_buffers()) for expert in experts]
+    result = {name: mean([state[name] for state in parameters]) for name in parameters[0]}
+    for name, value in buffers[0].items():
+        # infinite ones, as the bounds of a clip that does not clip, stay
+        result[name] = torch.where(
+            value.isfinite(), mean([state[name] for state in buffers]), value) if value.is_floating_point() else value
+    return result
 
 
 def are_alike(experts: Iterable[nn.Module]) -> bool:

@@ -382,6 +382,17 @@ def test_experts_of_1x1_convolutions_compute_as_those_of_linear_maps(make, size)
 
 
 
+def test_infinite_bounds_in_buffers_stay_in_the_mean():
+    def bounded(top):
+        expert = Mlp(8, 16)
+        expert.register_buffer('top', torch.tensor(top))
+        return expert
+
+    layer = RandomPartitionMoE(bounded(float('inf')) for _ in range(3))
+    assert layer.fuse().top == float('inf')
+    assert RandomPartitionMoE([bounded(1.), bounded(3.)]).fuse().top == 2
+
+
 class TestTopK:
     @pytest.mark.parametrize('train', [True, False])
     @pytest.mark.parametrize('top_k, renormalise, num_shared', [
