@@ -142,7 +142,7 @@ class Parser(argparse.ArgumentParser):
                 entries = yaml.safe_load(f) or {}
         except OSError as e:
             self.error(f'config file {path}: {e.strerror}')
-        except yaml.YAMLError as e:
+        except (yaml.YAMLError, UnicodeDecodeError) as e:
             self.error(f'config file {path} is not YAML: {e}')
         if not isinstance(entries, dict):
             self.error(f'config file {path} must be a list of "flag: value" lines')

@@ -146,7 +146,7 @@ BAD_FLAGS = """
 --model-ema --model-ema-decay -1|--hflip 2|--vflip -1|--drop 1|--drop -1|--drop-path 1|--drop-path -0.1|--reprob 2
 --share-rate 0.9|--share-rate -1|--share-rate nan|--num-experts 1|--num-experts 0|--num-experts x|--moe-layers every:9
 --moe-layers none|--moe-layers 0,7|--top-k 0 --router topk|--top-k 9 --router topk|--router hash|--expert-ratio 0.3
---num-shared -1 --router topk|--opt nothing|--opt lookahead_adamw|--sched nothing|--img-size 29|--in-chans 0
+--num-shared -1 --router topk|--opt nothing|--opt lookahead_adamw|--sched nothing|--img-size 0|--in-chans 0
 --crop-pct 0|--crop-pct -1|--crop-pct nan|--workers -1|--grad-accum-steps 0|--log-interval 0|--val-interval 0
 --checkpoint-hist 0|--seed x|--seed -1|--color-jitter -1|--scale 1.0 0.1|--scale -1 1|--ratio 0 1|--aa nothing
 --opt-betas 2 3|--opt-eps -1|--momentum -1 --opt sgd|--lr-base-size 0|--num-classes 3|--eval-metric top9|--unknown 1
