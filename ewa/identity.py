@@ -54,17 +54,15 @@ def describe_moe(model: nn.Module, arguments: Mapping[str, Any]) -> None:
 
 
 def describe_dense(model: nn.Module, arguments: Iterable[str]) -> None:
-    """Undo `describe_moe`, whose arguments have these names."""
+    """Undo `describe_moe`, whose arguments have these names, for a model and those inside it."""
+    names = set(arguments)
     for part in model.modules():
         part.__dict__.pop('save_pretrained', None)
-    args = dict(getattr(model, '_model_args', {}))
-    host = args.pop('host', None)
-    if host is None:
-        return
-    names = set(arguments)
-    model._model_args = {k: v for k, v in args.items() if k not in names}
-    model.pretrained_cfg = model.default_cfg = dict(
-        model.pretrained_cfg, architecture=split_model_name_tag(host)[0])
+        args = part.__dict__.get('_model_args') or {}
+        if 'host' in args:
+            part._model_args = {k: v for k, v in args.items() if k not in names and k != 'host'}
+            part.pretrained_cfg = part.default_cfg = dict(
+                part.pretrained_cfg, architecture=split_model_name_tag(args['host'])[0])
 
 
 def describe_width(dense: nn.Module, layers: Dict[str, MoELayer]) -> None:

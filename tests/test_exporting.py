@@ -434,6 +434,12 @@ class TestWrappers:
         ewa.export(compiled, tmp_path / 'compiled')
         assert contents(tmp_path / 'compiled')['model.safetensors'] == contents(tmp_path / 'out')['model.safetensors']
 
+    def test_the_model_inside_may_have_been_converted_itself(self, tiny, images, tmp_path):
+        model = self.module(net=ewa.to_moe(tiny(), init='independent'))
+        ewa.export(ewa.to_dense(model), tmp_path / 'out')
+        assert config_of(tmp_path / 'out')['architecture'] == 'vit_tiny_patch16_224'
+        assert torch.equal(ewa.load(tmp_path / 'out').eval()(images), model.eval().net(images))
+
     def test_of_two_parts_with_weights_none_is_guessed(self, tiny, tmp_path):
         with pytest.raises(ValueError, match='Module has weights in student and teacher: export the part'):
             ewa.export(self.module(student=tiny(), teacher=tiny()), tmp_path / 'out')

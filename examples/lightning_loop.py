@@ -1,0 +1,56 @@
+"""EWA in Lightning: the lines with `ewa` are all that is added.
+
+    pip install lightning
+    python examples/lightning_loop.py --steps 200 --output vit
+"""
+import argparse
+
+import lightning
+import timm
+import torch
+from timm.data import create_dataset, create_loader
+
+import ewa
+from ewa.integrations.lightning import EWACallback
+
+parser = argparse.ArgumentParser()
+parser.add_argument('--steps', type=int, default=200)
+parser.add_argument('--data', default='data/fashion_mini', help='folder with train.tar')
+parser.add_argument('--output', default='vit')
+args = parser.parse_args()
+
+
+class Classifier(lightning.LightningModule):
+    """A ViT, its loss and its optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = timm.create_model(
+            'vit_tiny_patch16_224', img_size=28, patch_size=7, in_chans=1, embed_dim=64, depth=4, num_heads=4,
+            num_classes=10)
+        ewa.to_moe(self.model, num_experts=4, layers='every:2')
+
+    def training_step(self, batch, index):
+        images, target = batch
+        loss = torch.nn.functional.cross_entropy(self.model(images), target)
+        self.log('loss', loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=2e-3)
+
+
+lightning.seed_everything(0)
+dataset = create_dataset('', root=f'{args.data}/train.tar', input_img_mode='L')
+loader = create_loader(
+    dataset, (1, 28, 28), batch_size=64, is_training=True, no_aug=True, mean=(0.286,), std=(0.353,), num_workers=0,
+    use_prefetcher=False, persistent_workers=False)
+
+module = Classifier()
+trainer = lightning.Trainer(
+    max_steps=args.steps, accelerator='cpu', logger=False, enable_checkpointing=False,
+    callbacks=[EWACallback(share_rate=1e-3)])
+trainer.fit(module, loader)
+
+ewa.export(ewa.to_dense(module), args.output)
+print(f"timm.create_model('local-dir:{args.output}', pretrained=True)")
