@@ -411,6 +411,7 @@ def evaluate(model: nn.Module, loader: Iterable, accelerator: Accelerator) -> Di
 
 def validate(run: Run, accelerator: Accelerator, book: Logbook) -> Dict[str, float]:
     """Metrics of the eval form, for random partition exactly what will be exported, and `ema_` ones of the average."""
+    book.start_validation()
     metrics = evaluate(run.model, run.val_batches, accelerator)
     if run.ema is not None:
         metrics.update({

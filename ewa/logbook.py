@@ -119,6 +119,10 @@ class Logbook:
             self.complaints[split] = complaint
             self.say(f'{split}: {complaint}.', sys.stderr)
 
+    def start_validation(self) -> None:
+        """Say that training pauses."""
+        self.bar.set_description(f'epoch {self.epoch}/{self.epochs}, validating')
+
     def start_epoch(self, epoch: int, batches: int = 0, loss_sum: float = 0.) -> None:
         """Begin to sum up an epoch, counted from 0, of which micro-batches may be done already."""
         self.epoch = epoch + 1
@@ -174,8 +178,8 @@ class Logbook:
             scalars['share_rate'] = averager.share_rate
         for key, scalar in scalars.items():
             self.board.add_scalar(f'train/{key}', scalar, update)
-        top1 = self.metrics.get('top1', math.nan)
-        self.bar.set_postfix_str(f'loss {self.loss:.3f}, top-1 {top1:.1f}, {self.speed:.0f} images/s')
+        top1 = f', top-1 {self.metrics["top1"]:.1f}' if self.metrics else ''
+        self.bar.set_postfix_str(f'loss {self.loss:.3f}{top1}, {self.speed:.0f} images/s')
         if not self.interactive and not last:
             self.say(f'epoch {self.epoch}/{self.epochs} update {update} loss {self.loss:.4f} {self.speed:.0f} images/s')
 

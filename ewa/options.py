@@ -2,6 +2,7 @@
 import argparse
 import difflib
 import math
+import os
 import sys
 from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
 
@@ -69,6 +70,11 @@ BELOW_ONE = Number(float, 0, 1, below=True)
 NOT_ZERO_SHARE = Number(float, 0, 1, above=True)
 PERCENT = Number(float, 0, 100)
 FINITE = Number(float)
+
+
+def cores() -> int:
+    """What this process may use of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 class _Help(argparse.HelpFormatter):
@@ -202,7 +208,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
                        help=f'resize interpolation: {", ".join(INTERPOLATIONS)}; default: the model\'s')
     group.add_argument('-b', '--batch-size', type=COUNT, default=128, metavar='N',
                        help='images a process and micro-batch')
-    group.add_argument('-j', '--workers', type=WHOLE, default=4, metavar='N', help='data loading processes')
+    group.add_argument('-j', '--workers', type=WHOLE, default=min(4, cores()), metavar='N',
+                       help='data loading processes')
 
 
 def train_parser() -> Parser:

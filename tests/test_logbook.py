@@ -105,6 +105,8 @@ def test_progress_bar_on_a_terminal(go, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
     go('--log-interval', 1)
     bars = [bar for bar in capsys.readouterr().err.split('\r') if '%|' in bar]
+    assert not any('nan' in bar for bar in bars)
+    assert not any('top-1' in bar for bar in bars if 'epoch 1/2' in bar) and any('validating' in bar for bar in bars)
     assert 'epoch 2/2' in bars[-1] and '10/10' in bars[-1]
     for word in ('loss ', 'top-1 ', ' images/s', '<'):
         assert word in bars[-1]
