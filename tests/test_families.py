@@ -2,7 +2,10 @@
 
 The families are those of docs/coverage.md, each by its smallest name; quick ones are made smaller still.
 """
+import os
 import re
+import subprocess
+import sys
 import warnings
 from copy import deepcopy
 
@@ -15,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision.models import SwinTransformer, VisionTransformer
 
 import ewa
-from benchmarks.coverage import BUILT, SMALLER, build, random_images, train_step, try_name
+from benchmarks.coverage import BUILT, PAGE, SMALLER, build, random_images, train_step, try_name
 from ewa.moe import moe_layers
 from gated import scatter
 
@@ -94,6 +97,19 @@ def test_a_family_of_timm(name, form):
 def test_another_family_of_timm(name):
     model = build(name, **SMALLER.get(name, {}))
     assert_what_holds(model, random_images(model))
+
+
+def test_every_family_of_the_table_is_tried():
+    table = re.findall(r'(?m)^\| (\w+) \| \d+ \| \d+ \| [^|]+ \| (\w+) \|', PAGE.read_text().partition('## What')[0])
+    families = {timm.model_entrypoint(name).__module__.rpartition('.')[2] for name in [*QUICK, *SLOW]}
+    assert {family for family, _ in table} == families and len(table) > 40
+
+
+@pytest.mark.slow
+def test_the_table_is_what_the_script_writes():
+    done = subprocess.run([sys.executable, 'benchmarks/coverage.py', '--check'], cwd=PAGE.parents[1],
+                          env=dict(os.environ, PYTHONPATH='.', OMP_NUM_THREADS='1'), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 @pytest.mark.parametrize('name, ffn, reason', [
