@@ -5,7 +5,7 @@
 from typing import Dict
 
 from ..setting import Study
-from . import bounded, finetune, gated, gathering, main, mean, pretrained, share_rate, tune, whole
+from . import bounded, finetune, gated, gathering, main, mean, pretrained, refit, share_rate, tune, whole
 
 STUDIES: Dict[str, Study] = {
     'tune': tune.STUDY,
@@ -18,4 +18,5 @@ STUDIES: Dict[str, Study] = {
     'gated': gated.STUDY,
     'whole': whole.STUDY,
     'gathering': gathering.STUDY,
+    'refit': refit.STUDY,
 }
