@@ -181,7 +181,8 @@ def page(entries: Sequence[Name], checked: Dict[str, Checked]) -> str:
         'family',
         'the smallest of them was built, trained for one step with the pull, converted back, exported and loaded by '
         'timm:',
-        'the difference is the largest one between its logits in `eval()` and those of the export. (Six large ones were',
+        'the difference is the largest one between its logits in `eval()` and those of the export. (Six large ones '
+        'were',
         'built with two blocks, see `SMALLER` in the script.)', '',
         '| family | names | converted | FFN | tried | difference | trained | keys |',
         '|---|---|---|---|---|---|---|---|']
