@@ -39,6 +39,9 @@ def read_config(directory: Path) -> Dict[str, Any]:
         raise ValueError(f'{path} is damaged, it is not JSON: {e}') from e
     if not isinstance(config, dict) or not isinstance(config.get('architecture'), str):
         raise ValueError(f'{path} names no architecture: it is damaged or not of timm.')
+    for key, kind in (('model_args', dict), ('pretrained_cfg', dict), ('ewa', dict), ('label_names', list)):
+        if not isinstance(config.get(key) or kind(), kind):
+            raise ValueError(f'{path} is damaged: its entry {key} is {str(config[key])[:80]!r}.')
     return config
 
 

@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -14,7 +16,7 @@ from ewa.moe import moe_layers
 from ewa.options import train_parser
 from ewa.sources import build_model, load_source, load_teacher
 from gated import gated
-from runs import FLAGS, TINY, folder, trained  # noqa: F401  fixtures among them
+from runs import FLAGS, TINY, fails, folder, run_convert, trained  # noqa: F401  fixtures among them
 
 DENSE = {k: v for k, v in TINY.items() if k != 'host'}
 NAMED = ['--model', 'vit_tiny_patch16_224', '--model-kwargs', 'patch_size=7', 'embed_dim=32', 'depth=2', 'num_heads=2']
@@ -232,3 +234,14 @@ def test_a_mistake_of_ours_inside_a_call_of_timm_stays_what_it_is(tiny, tmp_path
     if name == 'to_moe':
         with pytest.raises(error, match='None . 1'):
             build()
+
+
+@pytest.mark.parametrize('key, value', [
+    ('ewa', ['x']), ('label_names', 3), ('pretrained_cfg', 'x'), ('model_args', [1])])
+def test_entries_of_another_type_are_named(trained, tmp_path, key, value):
+    folder = Path(shutil.copytree(trained / 'best', tmp_path / 'best'))
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({**config, key: value}))
+    code, lines = fails(run_convert, folder, '--output', tmp_path / 'vit')
+    assert code == 2 and len(lines) == 1 and f'is damaged: its entry {key} is' in lines[0]
+    assert not (tmp_path / 'vit').exists()
