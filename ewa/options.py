@@ -15,6 +15,7 @@ from .moe import ROUTERS
 from .released import READERS
 
 SCHEDULERS = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant')
+WARMUP_EPOCHS = 5
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 
 
@@ -288,7 +289,8 @@ def train_parser() -> Parser:
     group.add_argument('--lr-base-scale', choices=('', 'linear', 'sqrt'), default='',
                        help='scaling with the batch; empty: sqrt for adaptive optimizers, else linear')
     group.add_argument('--epochs', type=COUNT, default=300, metavar='N', help='epochs to train')
-    group.add_argument('--warmup-epochs', type=WHOLE, default=5, metavar='N', help='epochs of rising learning rate')
+    group.add_argument('--warmup-epochs', type=WHOLE, default=WARMUP_EPOCHS, metavar='N',
+                       help='epochs of rising learning rate')
     group.add_argument('--warmup-lr', type=NOT_NEGATIVE, default=1e-6, metavar='LR',
                        help='learning rate at their beginning')
     group.add_argument('--warmup-prefix', action='store_true', help='count warm-up epochs apart from --epochs')
@@ -368,7 +370,8 @@ def check_together(args: argparse.Namespace) -> None:
     Raises:
         ValueError: They are not.
     """
-    if args.warmup_epochs > args.epochs and not args.warmup_prefix:
+    # the default is no mistake of the user's: a shorter run ends while its learning rate rises, as in timm
+    if args.epochs < args.warmup_epochs != WARMUP_EPOCHS and not args.warmup_prefix:
         raise ValueError(
             f'--warmup-epochs {args.warmup_epochs} is beyond --epochs {args.epochs}: give less, or --warmup-prefix to '
             f'add them.')

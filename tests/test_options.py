@@ -212,3 +212,4 @@ def test_flags_that_contradict_each_other(line, words):
     with pytest.raises(ValueError, match=words):
         check_together(train_parser().parse_args(line.split()))
     check_together(train_parser().parse_args(['--warmup-epochs', '301', '--warmup-prefix']))
+    check_together(train_parser().parse_args(['--epochs', '1']))
