@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import signal
 import sys
-import threading
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +22,7 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list
 from timm.data import Mixup
 from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -261,63 +259,45 @@ def prepare(run: Run, accelerator: Accelerator) -> None:
         run.scheduler.step(state.epoch)
 
 
-class Interrupt:
-    """Ends a run at its next update when it is asked to by Ctrl-C or SIGTERM; a second time it ends at once.
+# updates from one look at whether another process was interrupted to the next; of a single process each
+LOOK_EVERY = 10
 
-    Args:
-        experiment: Folder of the run.
+
+def save(run: Run, state: ckpt.RunState, accelerator: Accelerator, experiment: Path) -> None:
+    """Write a checkpoint of a run, which then stands at `state`."""
+    if run.averager is not None:
+        state.averager = run.averager.state_dict()
+    ema = run.ema.module.state_dict() if run.ema is not None else None
+    ckpt.save_checkpoint(accelerator, experiment, state, ema, run.args.checkpoint_hist)
+
+
+def save_within_epoch(run: Run, batch: int, accelerator: Accelerator, book: Logbook, interrupt: ckpt.Interrupt) -> None:
+    """After an update within an epoch: save if it is time to, and end if that was asked for.
+
+    Raises:
+        SystemExit: See `end`.
     """
-
-    def __init__(self, experiment: Path) -> None:
-        self.experiment = experiment
-        self.signal = 0
-        if threading.current_thread() is threading.main_thread():
-            self.former = {kind: signal.signal(kind, self.note) for kind in (signal.SIGINT, signal.SIGTERM)}
-        else:
-            self.former = {}
-
-    def __enter__(self) -> Interrupt:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for kind, handler in self.former.items():
-            signal.signal(kind, handler)
-
-    def note(self, kind: int, frame: Any) -> None:
-        """Be asked to end; whoever had the signals before gets them back."""
-        self.signal = kind
-        self.__exit__()
-
-    def save_if_due(self, run: Run, accelerator: Accelerator, book: Logbook, batch: int) -> None:
-        """After an update within an epoch: save if it is time to, and end if that was asked for.
-
-        Raises:
-            SystemExit: The run was interrupted; exit code 128 and the number of the signal.
-        """
-        every = run.args.recovery_interval
-        due = bool(every) and run.state.update % every == 0
-        if accelerator.num_processes > 1:  # all end at the same update
-            self.signal = max(gather_object([self.signal]))
-        if not (due or self.signal):
-            return
+    args, update = run.args, run.state.update
+    due = bool(args.recovery_interval) and update % args.recovery_interval == 0
+    looks = accelerator.num_processes == 1 or update % LOOK_EVERY == 0
+    asked = looks and interrupt.asked(accelerator)
+    if due or asked:
         state = replace(run.state, batch=batch, loss_sum=accelerator.reduce(book.loss_sum, reduction='mean').item())
         state.count(book.images, book.seconds, run.flops_per_image)
-        if run.averager is not None:
-            state.averager = run.averager.state_dict()
-        ema = run.ema.module.state_dict() if run.ema is not None else None
-        ckpt.save_checkpoint(accelerator, self.experiment, state, ema, run.args.checkpoint_hist)
-        self.end_if_asked(state, book)
+        save(run, state, accelerator, book.experiment)
+    if asked:
+        end(update, book, interrupt)
 
-    def end_if_asked(self, state: ckpt.RunState, book: Logbook) -> None:
-        """End if that was asked for; the state is saved.
 
-        Raises:
-            SystemExit: It was; exit code 128 and the number of the signal.
-        """
-        if self.signal:
-            book.say(f'Interrupted at update {state.update}, which is saved; go on with the same command and --resume '
-                     f'--experiment {self.experiment.name}.', sys.stderr)
-            sys.exit(128 + self.signal)
+def end(update: int, book: Logbook, interrupt: ckpt.Interrupt) -> None:
+    """End a run that was interrupted and is saved.
+
+    Raises:
+        SystemExit: Always; exit code 128 and the number of the signal.
+    """
+    book.say(f'Interrupted at update {update}, which is saved; go on with the same command and --resume '
+             f'--experiment {book.experiment.name}.', sys.stderr)
+    sys.exit(128 + interrupt.signal)
 
 
 def introduction(run: Run, accelerator: Accelerator) -> str:
@@ -336,7 +316,7 @@ def introduction(run: Run, accelerator: Accelerator) -> str:
         f'rate {args.lr:.3g}.')
 
 
-def train_epoch(run: Run, epoch: int, accelerator: Accelerator, book: Logbook, interrupt: Interrupt) -> None:
+def train_epoch(run: Run, epoch: int, accelerator: Accelerator, book: Logbook, interrupt: ckpt.Interrupt) -> None:
     """One pass over the training images."""
     args, state = run.args, run.state
     run.model.train()
@@ -380,7 +360,7 @@ def train_epoch(run: Run, epoch: int, accelerator: Accelerator, book: Logbook, i
             run.scheduler.step_update(state.update)
         book.log_update(state.update, run.optimizer, run.averager, routing)
         if batch + 1 < run.length.batches:
-            interrupt.save_if_due(run, accelerator, book, batch + 1)
+            save_within_epoch(run, batch + 1, accelerator, book, interrupt)
     book.warn('Training', complaint(run.train_batches.dataset))
     if not args.sched_on_updates:
         run.scheduler.step(epoch + 1)
@@ -477,7 +457,7 @@ def main(
         book.say(f'Teacher {args.teacher}: top-1 {args.teacher_top1:.2f}.')
     sample = next(iter(run.val_batches))[0]  # what the usage of experts is shown on
 
-    with book, Interrupt(experiment) as interrupt:
+    with book, ckpt.Interrupt() as interrupt:
         for epoch in range(state.epoch, run.epochs):
             train_epoch(run, epoch, accelerator, book, interrupt)
             validated = state.epoch % args.val_interval == 0 or state.epoch == run.epochs
@@ -487,13 +467,12 @@ def main(
             improved = validated and state.improve(metrics)
             state.provenance = dict(updates=state.update, epochs=state.epoch, seed=args.seed, **metrics)
             if run.averager is not None:
-                state.averager = run.averager.state_dict()
                 state.provenance.update(share_rate=args.share_rate, share_schedule=args.share_schedule)
             ema = run.ema.module.state_dict() if run.ema is not None else None
             book.end_epoch(run.plain_model, state, metrics, improved, sample, run.optimizer, ema)
-            ckpt.save_checkpoint(accelerator, experiment, state, ema, args.checkpoint_hist)
-            if state.epoch < run.epochs:
-                interrupt.end_if_asked(state, book)
+            save(run, state, accelerator, experiment)
+            if state.epoch < run.epochs and interrupt.asked(accelerator):
+                end(state.update, book, interrupt)
 
         book.conclude(
             state, has_experts=run.averager is not None,

@@ -15,15 +15,18 @@ import json
 import math
 import re
 import shutil
+import signal
+import threading
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Union, get_args, get_origin, get_type_hints
 
 import safetensors.torch
+import torch
 from timm.models import get_model_args
 from torch import Tensor, nn
 
-from .exporting import replace_folder
+from .exporting import clean_up, replace_folder
 from .foreign import foreign
 
 if TYPE_CHECKING:  # models are read from checkpoints also where nobody trains
@@ -177,6 +180,15 @@ def resumption(checkpoint: Path, state: RunState) -> str:
     return f'Resuming from {checkpoint}, epoch {state.epoch}{f", batch {state.batch}" * bool(state.batch)}.{told}'
 
 
+def remove_leftovers(experiment: Path) -> None:
+    """Remove what a killed run left half written; what it had moved aside comes back."""
+    for folder in (experiment, experiment / 'checkpoints'):
+        if folder.is_dir():
+            clean_up(folder)
+    for left in (experiment / 'checkpoints').glob('.update-*.new'):
+        shutil.rmtree(left)
+
+
 def checkpoints(experiment: Path) -> List[Path]:
     """Whole checkpoints of an experiment, oldest first."""
     folder = experiment / 'checkpoints'
@@ -207,6 +219,37 @@ def resume_point(experiment: Path, resuming: bool, named: bool) -> Optional[Path
     if experiment.exists() and (not experiment.is_dir() or any(experiment.iterdir())):
         raise ValueError(f'{experiment} exists: give another --experiment, or --resume to go on with it.')
     return None
+
+
+class Interrupt:
+    """Notes that Ctrl-C or SIGTERM asks a run to end, so that it can save first; a second time ends it at once.
+
+    A context manager: whoever had the signals before gets them back after it.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.former: Dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():  # nobody else may
+            self.former = {kind: signal.signal(kind, self._note) for kind in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for kind, handler in self.former.items():
+            signal.signal(kind, handler)
+
+    def _note(self, kind: int, frame: Any) -> None:
+        self.signal = kind
+        self.__exit__()
+
+    def asked(self, accelerator: Accelerator) -> bool:
+        """Whether any process was asked to end. Called on all processes, which all get one answer."""
+        if accelerator.num_processes > 1:
+            noted = torch.tensor([self.signal], device=accelerator.device)
+            self.signal = int(accelerator.gather(noted).max())
+        return self.signal != 0
 
 
 def save_checkpoint(

@@ -3,6 +3,7 @@ import copy
 import ctypes
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -26,8 +27,9 @@ from .model_card import CARD, OURS, model_card
 from .moe import evaluating, moe_layers
 
 PathLike = Union[str, os.PathLike]
-# what belongs to the model in a folder (the third is of timm's own writer)
 _DATA_CONFIG = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+_LEFT = re.compile(r'\.(.+)\.(old|new)-[a-z0-9_]{8}')  # names by tempfile.mkdtemp
+# what belongs to the model in a folder (the third is of timm's own writer)
 FILES = ('config.json', 'model.safetensors', 'pytorch_model.bin', 'ema.safetensors', 'model.onnx')
 
 
@@ -77,10 +79,15 @@ def replace_folder(new: Path, final: Path, ours: Optional[Sequence[str]] = None)
         if replaced.is_symlink():
             replaced.unlink()
         elif ours is not None:
-            for path in replaced.iterdir():
-                if path.name not in ours and not (path.name == CARD and OURS in path.read_text(errors='replace')):
-                    os.rename(path, final / path.name)
+            _keep_others(replaced, final, ours)
         shutil.rmtree(old)
+
+
+def _keep_others(replaced: Path, final: Path, ours: Sequence[str]) -> None:
+    """Move what is not ours from a folder that was replaced into the one that replaced it."""
+    for path in replaced.iterdir():
+        if path.name not in ours and not (path.name == CARD and OURS in path.read_text(errors='replace')):
+            os.rename(path, final / path.name)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -94,13 +101,20 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def clean_up(directory: Path) -> None:
-    """Remove what killed runs left half written in a folder, and bring back what they had moved aside."""
-    for left in directory.glob('.*.old-*'):
-        for path in left.iterdir():
-            if not (directory / path.name).exists():
-                os.rename(path, directory / path.name)
-        shutil.rmtree(left)
-    for left in [*directory.glob('.*.new-*'), *directory.glob('.*.new')]:
+    """Remove what killed writers of model folders left in a directory; bring back what they had moved aside.
+
+    A folder that was replaced may still hold files of others; these go to the one that replaced it.
+    """
+    for left in directory.iterdir():
+        match = _LEFT.fullmatch(left.name)
+        if match is None or not left.is_dir() or left.is_symlink():
+            continue
+        final = directory / match[1]
+        replaced = left / match[1] if match[2] == 'old' else left
+        if match[2] == 'old' and replaced.exists() and not final.exists():
+            os.rename(replaced, final)
+        elif (replaced / 'config.json').is_file() and (final / 'config.json').is_file():
+            _keep_others(replaced, final, FILES)
         shutil.rmtree(left)
 
 

@@ -23,10 +23,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .averaging import ExpertAverager
-from .checkpoint import RunState, checkpoints
+from .checkpoint import RunState, checkpoints, remove_leftovers
 from .diagnostics import diagnose, similarity_figure, usage_figure
 from .distillation import benefit_kept
-from .exporting import clean_up, write_folder
+from .exporting import write_folder
 
 
 def say(accelerator: Accelerator, message: str, file: Optional[TextIO] = None) -> None:
@@ -85,9 +85,7 @@ class Logbook:
             except OSError as e:
                 os.close(self.lock)
                 raise ValueError(f'{experiment} is being written by another run: give another --experiment.') from e
-            clean_up(experiment)
-            if (experiment / 'checkpoints').is_dir():
-                clean_up(experiment / 'checkpoints')
+            remove_leftovers(experiment)
             text = yaml.safe_dump(arguments)
             (experiment / 'args.yaml').write_text(text)
             trim_summary(str(experiment / 'summary.csv'), state.epoch + 1)

@@ -18,6 +18,7 @@ from ewa.checkpoint import (
     load_checkpoint,
     load_ema,
     read_state,
+    remove_leftovers,
     resume,
     resume_point,
     save_checkpoint,
@@ -508,10 +509,23 @@ def test_a_diverged_run_leaves_its_results_alone(go, monkeypatch, capsys):
 
 def test_leftovers_of_killed_runs_are_cleaned_up(go):
     run = go('--epochs', 1, experiment='run')
-    weights_before = files(run / 'best')
-    (run / '.best.old-x').mkdir()
-    (run / 'best').rename(run / '.best.old-x' / 'best')  # killed between two renames
-    (run / '.last.new-y').mkdir()
+    best = files(run / 'best')
+    (run / '.best.old-abcdefgh').mkdir()
+    (run / 'best').rename(run / '.best.old-abcdefgh' / 'best')  # killed between two renames
+    (run / '.last.new-ij_klmn0').mkdir()  # killed while it wrote
     (run / 'checkpoints' / '.update-00000007.new').mkdir()
+    (run / '.notes.old-ones').mkdir()  # of somebody else
+    remove_leftovers(run)
+    assert files(run / 'best') == best
+    assert [path.name for path in run.rglob('.*')] == ['.notes.old-ones']
+
+
+@pytest.mark.parametrize('where', ['.last.old-abcdefgh/last', '.last.new-abcdefgh'])
+def test_files_of_others_outlive_a_kill_between_exchange_and_move(go, where):
+    run = go('--epochs', 1, experiment='run')
+    shutil.copytree(run / 'last', run / where)  # what the folder was before
+    (run / where / 'notes.txt').write_text('mine')
+    last = files(run / 'last')
     go('--epochs', 2, '--resume', experiment='run')
-    assert not list(run.rglob('.*')) and (run / 'best').is_dir() and weights_before
+    assert (run / 'last' / 'notes.txt').read_text() == 'mine' and not list(run.glob('.last*'))
+    assert files(run / 'last').keys() == {*last, 'notes.txt'}

@@ -102,6 +102,13 @@ def test_every_family_of_the_table_is_tried():
     assert {family for family, _ in table} == families and len(table) > 40
 
 
+@pytest.mark.slow
+def test_the_table_is_what_the_script_writes():
+    done = subprocess.run([sys.executable, 'benchmarks/coverage.py', '--check'], cwd=PAGE.parents[1],
+                          env=dict(os.environ, PYTHONPATH='.', OMP_NUM_THREADS='1'), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
 @pytest.mark.parametrize('name, ffn, reason', [
     ('test_vit', 'Mlp', ''), ('cait_xxs24_224', 'Mlp', ''), ('convnext_atto', 'Mlp (1x1 convolutions)', ''),
     ('convnextv2_atto', '', 'it does not treat each token by itself (it holds a GlobalResponseNorm)'),

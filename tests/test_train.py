@@ -376,11 +376,11 @@ torch.save(models[0].state_dict(), f'{sys.argv[1]}/rank{state.process_index}.pt'
 """
 
 
-def two_processes(tmp_path, *flags):
-    script = tmp_path / 'ranks.py'
-    script.write_text(RANKS)
+def two_processes(tmp_path, *flags, script=RANKS):
+    path = tmp_path / 'ranks.py'
+    path.write_text(script)
     return subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(script),
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(path),
          str(tmp_path), *FLAGS, *map(str, flags)], capture_output=True, text=True,
         env={**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
 
@@ -414,6 +414,26 @@ def test_two_processes_resume_exactly(tmp_path, folder):
         for epochs, *more in calls:
             done = two_processes(tmp_path, *flags, '--experiment', experiment, '--epochs', epochs, *more)
             assert done.returncode == 0, done.stderr
+    assert equal(weights(tmp_path / 'whole'), weights(tmp_path / 'parts'))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_ends_both_and_loses_nothing(tmp_path, folder):
+    flags = ['--data-dir', folder, '--output', tmp_path, '--batch-size', 2, '--drop-path', 0.1]
+    assert two_processes(tmp_path, *flags, '--experiment', 'whole').returncode == 0
+    interrupted = RANKS.replace('train.main(', """
+import os, signal
+seed_all = train.seed_all
+def interrupt(*key):
+    if key == (42, 2, 1, 0, 3):
+        os.kill(os.getpid(), signal.SIGTERM)
+    seed_all(*key)
+train.seed_all = interrupt
+train.main(""")
+    done = two_processes(tmp_path, *flags, '--experiment', 'parts', script=interrupted)
+    assert done.returncode != 0 and done.stderr.count('Interrupted at update 10, which is saved') == 1
+    done = two_processes(tmp_path, *flags, '--experiment', 'parts', '--resume')
+    assert done.returncode == 0 and 'update-00000010, epoch 0, batch 10.' in done.stdout, done.stderr
     assert equal(weights(tmp_path / 'whole'), weights(tmp_path / 'parts'))
 
 

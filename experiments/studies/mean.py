@@ -94,7 +94,6 @@ are multiplied by random signs, one for each weight and the same for all experts
 expert a batch": all tokens of a batch go through one random expert of each layer.
 """,
     notes=dict(
-        fashion=Notes(title='Fashion-MNIST'),
         glyphs=Notes(title='glyphs', setup="""
 First of its stages alone, and the share rates and spreads. The model and its flags are those of [main](main-glyphs.md).
 """, reading="""

@@ -4,7 +4,7 @@ from typing import Dict, Iterator, List
 from ..data import subset
 from ..pretrained import ARCHITECTURE
 from ..runner import Run, read_results
-from ..setting import EWA, Flags, Notes, Setting, Study
+from ..setting import EWA, Flags, Setting, Study
 from ..tables import Lines, provenance, select, table, unique
 from .mean import against_dense, mean_form
 
@@ -78,5 +78,4 @@ DINOv2's ViT-S/14 (`experiments/pretrained.py` makes its folder, `WORK/pretraine
 pixels, 17 tokens, with a new classifier: 20 epochs at batch size 20 with layer decay 0.75, on the first 10 images of
 each class (glyphs: 5). Experts in all blocks start as copies. 1,000 validation and 2,000 test images.
 """,
-    notes=dict(fashion=Notes(title='Fashion-MNIST'), glyphs=Notes(title='glyphs')),
 )
