@@ -2,7 +2,10 @@
 
 The families are those of docs/coverage.md, each by its smallest name; quick ones are made smaller still.
 """
+import os
 import re
+import subprocess
+import sys
 import warnings
 from copy import deepcopy
 
