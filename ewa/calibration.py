@@ -211,49 +211,39 @@ def layer_tokens(
         model: nn.Module,
         layer: MoELayer,
         batches: Sequence[Tensor],
-        sensitivity: Sequence[Tensor],
-        limit: int,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """Tokens of a MoE layer, at most about `limit` of them, drawn evenly over the images.
-
-    The draw has a generator of its own. Each forward pass ends behind the layer.
+        index: Tensor,
+) -> Tuple[Tensor, Tensor]:
+    """Inputs and outputs of a MoE layer, (n, D), for some of its tokens. Each forward pass ends behind the layer.
 
     Args:
         model: The model that calls the layer.
         layer: The layer.
         batches: Images.
-        sensitivity: Of the layer's tokens, a tensor for each batch, see `sensitivities`.
-        limit: Number of tokens.
-
-    Returns:
-        The layer's inputs and outputs, (T, D), and the sensitivity of the tokens, (T,).
+        index: The tokens, ascending, counted over all batches, (n,).
 
     Raises:
         ValueError: Tokens that are not finite.
     """
-    images = sum(map(len, batches))
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    kept: List[Tuple[Tensor, ...]] = []
+    kept: List[Tuple[Tensor, Tensor]] = []
+    start = 0
 
     def keep(module: nn.Module, args: Tuple[Tensor, ...], output: Tensor) -> None:
-        tokens = [to_tokens(t, takes_images(layer.experts[0])) for t in (args[0], output)]
-        count = min(len(tokens[0]), -(-limit * size // images))
-        index = torch.randperm(len(tokens[0]), generator=generator)[:count].sort().values.to(tokens[0].device)
-        kept.append((tokens[0][index], tokens[1][index], index))
+        nonlocal start
+        inputs, outputs = (to_tokens(t, takes_images(layer.experts[0])) for t in (args[0], output))
+        here = index[(index >= start) & (index < start + len(inputs))] - start
+        kept.append((inputs[here], outputs[here]))
+        start += len(inputs)
         raise _Reached
 
     handle = layer.register_forward_hook(keep)
     try:
         for batch in batches:
-            size = len(batch)
             with suppress(_Reached):
                 model(batch.to(device))
     finally:
         handle.remove()
-    tokens = (
-        torch.cat([x for x, _, _ in kept]), torch.cat([y for _, y, _ in kept]),
-        torch.cat([known[index] for known, (_, _, index) in zip(sensitivity, kept)]))
-    if not all(bool(values.isfinite().all()) for values in tokens):
+    inputs, outputs = (torch.cat(parts) for parts in zip(*kept))
+    if not (inputs.isfinite().all() and outputs.isfinite().all()):
         raise ValueError('the calibration images give tokens that are not finite; look for broken images among them.')
-    return tokens
+    return inputs, outputs

@@ -6,7 +6,8 @@ width of the dense FFN, `h` of an expert.
 import time
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, cast
+from functools import partial
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, cast
 
 import numpy as np
 import torch
@@ -206,7 +207,7 @@ def refit_layers(
     A layer is fed by the model in which those before it are converted already, and what it computes there is what its
     FFN is fitted to: errors are seen and made up for. Tokens are weighted by how much the outputs of the MoE model move
     with them. Of the images, which are kept, seven eighths are fitted to and the others measured on; of the tokens of a
-    layer at most 32,768, or ten for each unknown of an output.
+    layer about 32,768, or ten for each unknown of an output, drawn in proportion to their weights.
 
     Args:
         model, batches, k: See `to_dense`.
@@ -231,16 +232,17 @@ def refit_layers(
     tokens = 0
     with evaluating(model):
         order = call_order(model, fitted[0][:1])
-        known, known_held = sensitivities(model, fitted), sensitivities(model, held)
+        known = [sensitivities(model, part) for part in (fitted, held) if part]
         for name in order:
             layer = layers[name]
             partly = deepcopy(model, {id(other): ffns.get(key, other) for key, other in layers.items()})
             try:
                 hidden = _dense_hidden(layer, k)
                 limit = max(32768, 10 * (hidden + 1))
-                inputs, targets, weights = _weighted(layer_tokens(partly, layer, fitted, known[name], limit))
+                (index, weights), *others = [
+                    refit.draw(refit.token_weights(torch.cat(of_layer[name])), limit) for of_layer in known]
+                inputs, targets = layer_tokens(partly, layer, fitted, index)
                 ffn = _refit_layer(layer, inputs, targets, weights, hidden, ridge)
-                others = _weighted(layer_tokens(partly, layer, held, known_held[name], limit)) if held else None
             except ValueError as e:
                 raise ValueError(f'{name}: {e}') from e
             error = refit.relative_error(on_tokens(ffn)(inputs), targets, weights)
@@ -253,9 +255,10 @@ def refit_layers(
                 if after < error:  # a few steps may be worse than none
                     ffn, error = trained, after
             errors[name] = dict(fitted=error)
-            if others:
-                errors[name]['held_out'] = refit.relative_error(on_tokens(ffn)(others[0]), *others[1:])
             tokens = max(tokens, len(inputs))
+            for index, weights in others:
+                inputs, targets = layer_tokens(partly, layer, held, index)
+                errors[name]['held_out'] = refit.relative_error(on_tokens(ffn)(inputs), targets, weights)
             ffns[name] = ffn
     for name, ffn in ffns.items():
         ffn.train(layers[name].experts[0].training)
@@ -263,11 +266,6 @@ def refit_layers(
         calibration_images=sum(map(len, fitted)) + sum(map(len, held)), calibration_tokens=tokens, error=errors,
         seconds=round(time.perf_counter() - started, 1))
     return ffns, record
-
-
-def _weighted(tokens: Tuple[Tensor, Tensor, Tensor]) -> Tuple[Tensor, Tensor, Tensor]:
-    inputs, targets, sensitivity = tokens
-    return inputs, targets, refit.token_weights(sensitivity)
 
 
 def _dense_hidden(layer: MoELayer, k: Optional[int]) -> int:
@@ -310,11 +308,7 @@ def _refit_layer(
             'aligned or prune.')
     units = gathering.concatenate(parts)
 
-    def candidates(index: Sequence[int]) -> Callable[[Tensor], Tensor]:
-        ffn = build_ffn(template, gathering.take(units, index))
-        return lambda tokens: hidden_activations(ffn, tokens)
-
-    stride = -(-len(inputs) // 16384)
+    stride = -(-len(inputs) // 4096)
     sample, weight = inputs[::stride], weights[::stride]
     gates, chosen, _ = route(layer, sample)
     gate = gates.new_zeros(len(sample), len(layer.experts)).scatter(1, chosen, gates)
@@ -323,11 +317,12 @@ def _refit_layer(
         weight @ (gate[:, e, None] * hidden_activations(expert, sample)).double().square() * part.down.square().sum(0)
         for e, (expert, part) in enumerate(zip(experts, parts))]
     units = gathering.take(
-        units, refit.preselect(contributions, max(4 * hidden, 4096), hidden, whole=len(shared)))
+        units, refit.preselect(contributions, max(3 * hidden, 4096), hidden, whole=len(shared)))
 
     bias = units.down_bias is not None
     index, down, down_bias = refit.choose_and_solve(
-        candidates, units.hidden, inputs, targets, weights, hidden, ridge, bias)
+        partial(hidden_activations, build_ffn(template, units)), units.hidden, inputs, targets, weights, hidden, ridge,
+        bias)
     kept = gathering.take(units, index)
     return build_ffn(template, replace(kept, down=down, down_bias=down_bias))
 

@@ -73,6 +73,14 @@ class Moments:
         self.activation += weighted.sum(0)
         self.target += weights @ targets
 
+    def take(self, index: Sequence[int]) -> 'Moments':
+        """Those of some of the candidates."""
+        part = Moments(0, 0)
+        part.tokens, part.mass, part.target = self.tokens, self.mass, self.target
+        part.gram, part.cross, part.activation = (
+            self.gram[index][:, index], self.cross[index], self.activation[index])
+        return part
+
     def normal(self, ridge: float, bias: bool = True) -> Tuple[Tensor, Tensor]:
         """Matrix and right-hand side of the normal equations, (C, C) and (C, D).
 
@@ -157,7 +165,7 @@ def select(moments: Moments, count: int, ridge: float, bias: bool = True) -> Lis
     for step in range(len(factor)):
         free = left > threshold
         free[chosen] = False
-        gain = torch.where(free, cross.square().sum(1) / left, -1.)
+        gain = torch.where(free, torch.linalg.vector_norm(cross, dim=1).square() / left, -1.)
         best = int(gain.argmax())
         if gain[best] < 0:
             break
@@ -194,7 +202,7 @@ def solve(moments: Moments, ridge: float, bias: bool = True) -> Tuple[Tensor, Op
 
 
 def choose_and_solve(
-        candidates: Callable[[Sequence[int]], Callable[[Tensor], Tensor]],
+        activations: Callable[[Tensor], Tensor],
         count: int,
         inputs: Tensor,
         targets: Tensor,
@@ -205,10 +213,8 @@ def choose_and_solve(
 ) -> Tuple[List[int], Tensor, Optional[Tensor]]:
     """The `H` hidden units to keep, and the matrix and the bias behind them.
 
-    The choice looks at no more than two tokens a candidate (16,384 at least), evenly, the solution at all of them.
-
     Args:
-        candidates: From indices of candidates to the function that gives their activations, (t, D) -> (t, n).
+        activations: Of the candidates, (t, D) -> (t, C).
         count: `C`.
         inputs, targets: What the layer is given and what it makes of it, (T, D).
         weights: Of the tokens, (T,).
@@ -224,18 +230,12 @@ def choose_and_solve(
         ValueError: Values that are not finite; too few tokens for a ridge of 0.
     """
     check_tokens(len(inputs), hidden, ridge)
-
-    def measure(index: Sequence[int], stride: int = 1) -> Moments:
-        function = candidates(index)
-        moments = Moments(len(index), targets.shape[1], inputs.device)
-        for x, y, w in zip(*(tensor[::stride].split(_CHUNK) for tensor in (inputs, targets, weights))):
-            moments.add(function(x), y, w)
-        return moments
-
-    everything = list(range(count))
-    chosen = select(measure(everything, max(1, len(inputs) // max(2 * count, 16384))), hidden, ridge, bias)
-    down, down_bias = solve(measure(chosen), ridge, bias)
-    others = sorted(set(everything) - set(chosen))[:hidden - len(chosen)]
+    moments = Moments(count, targets.shape[1], inputs.device)
+    for x, y, w in zip(*(tensor.split(_CHUNK) for tensor in (inputs, targets, weights))):
+        moments.add(activations(x), y, w)
+    chosen = select(moments, hidden, ridge, bias)
+    down, down_bias = solve(moments.take(chosen), ridge, bias)
+    others = sorted(set(range(count)) - set(chosen))[:hidden - len(chosen)]
     return chosen + others, nn.functional.pad(down, (0, len(others))), down_bias
 
 
@@ -288,10 +288,38 @@ def token_weights(sensitivity: Tensor, floor: float = 0.1) -> Tensor:
 
     The floor stands for what the first order does not see, and keeps every token in; where nothing is known of any
     token, all weigh alike.
+
+    Raises:
+        ValueError: Values that are not finite.
     """
+    if not sensitivity.isfinite().all():
+        raise ValueError(
+            'the calibration images give derivatives that are not finite; look for broken images, or take a checkpoint '
+            'from before training diverged.')
     sensitivity = sensitivity.double()
     mean = sensitivity.mean()
     return floor + (1 - floor) * sensitivity / mean if mean > 0 else torch.ones_like(sensitivity)
+
+
+def draw(weights: Tensor, limit: int) -> Tuple[Tensor, Tensor]:
+    """About `limit` of the tokens, in proportion to their weights `w` (T,), so that none of the heavy ones is left out.
+
+    Token `t` is kept with probability `p_t = min(1, c w_t)`, `sum p = limit`, and weighs `w_t / p_t` then: sums over
+    tokens are what they were in expectation. The draw has a generator of its own.
+
+    Returns:
+        Indices of the tokens, ascending, and their weights, (n,).
+    """
+    if len(weights) <= limit:
+        return torch.arange(len(weights), device=weights.device), weights
+    ordered = weights.double().cpu().sort(descending=True).values
+    rest = ordered.flip(0).cumsum(0).flip(0)
+    factors = (limit - torch.arange(len(ordered))) / rest  # c, if the first 0, 1, 2, ... tokens are kept for certain
+    factor = factors[(factors * ordered <= 1).nonzero()[0]]
+    probability = (factor * weights.double().cpu()).clamp(max=1)
+    uniform = torch.rand(len(weights), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    index = (uniform < probability).nonzero()[:, 0]
+    return index.to(weights.device), weights[index.to(weights.device)] / probability[index].to(weights)
 
 
 @torch.no_grad()

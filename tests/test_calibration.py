@@ -7,7 +7,7 @@ from torch import nn
 import ewa
 import reference
 from ewa import calibration
-from ewa.calibration import measure_statistics, sensitivities
+from ewa.calibration import layer_tokens, measure_statistics, sensitivities
 from ewa.moe import moe_layers
 from gated import GLU, foreign, gated, hide, scatter, sequences
 
@@ -175,3 +175,13 @@ def test_outputs_that_are_no_tensor_have_no_sensitivities():
     model.head = nn.LSTM(8, 3)
     with pytest.raises(ValueError, match='Foreign returns a tuple: wrap it'):
         sensitivities(model, sequences())
+
+
+def test_tokens_of_a_layer_are_counted_over_batches(tiny, images):
+    model = gated(tiny())
+    layer, index = model.blocks[1].mlp, torch.tensor([0, 5, 16, 17, 33])
+    inputs, outputs = layer_tokens(model, layer, [images[:1], images[1:]], index)
+    expected = reference.inputs_of(model, layer, [images])[index]
+    torch.testing.assert_close(inputs, expected)
+    torch.testing.assert_close(outputs, layer(expected))
+    assert not layer._forward_hooks

@@ -86,6 +86,26 @@ def test_token_weights_have_mean_one_and_a_floor():
     assert refit.token_weights(torch.zeros(3)).tolist() == [1, 1, 1]
 
 
+def test_draws_are_in_proportion_to_weights_and_sums_are_kept():
+    weights = torch.rand(20000) ** 4
+    weights[:3] = 1000.
+    weights[3:5] = 0.
+    index, drawn = refit.draw(weights, 2000)
+    assert abs(len(index) - 2000) < 200 and (index.diff() > 0).all()
+    assert index[:3].tolist() == [0, 1, 2] and index[3] > 4
+    torch.testing.assert_close(drawn[:3], weights[:3])
+    assert len(drawn.unique()) < 500 < len(index)  # all but the heaviest weigh alike
+    values = torch.randn(20000) + 1
+    rest = values * weights
+    assert (drawn[3:] @ values[index[3:]]).item() == pytest.approx(rest[5:].sum().item(), rel=.1)
+    assert refit.draw(weights, 20000)[0].tolist() == list(range(20000))
+
+
+def test_sensitivities_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match='calibration images give derivatives that are not finite'):
+        refit.token_weights(torch.tensor([1., float('nan')]))
+
+
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('ridge', [0, 1e-3, .3])
 @pytest.mark.parametrize('number', range(3))
