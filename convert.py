@@ -8,6 +8,8 @@
 """
 import argparse
 import logging
+import shlex
+import sys
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
@@ -17,11 +19,13 @@ from torch.utils.data import DataLoader
 
 import ewa
 from ewa.data import UNREADABLE, calibration_batches, class_names, complaint, eval_loader, open_dataset, preparation
-from ewa.diagnostics import advise, write_report
-from ewa.exporting import NotVerified, require_onnx
+from ewa.diagnostics import advise
+from ewa.exporting import NotVerified, require_onnx, versions
+from ewa.ffn import layout_of
 from ewa.gathering import METHODS
-from ewa.moe import is_gated, moe_layers
+from ewa.moe import is_gated, moe_layers, pulled
 from ewa.options import convert_parser, gathering_options
+from ewa.report import write_report
 from ewa.sources import load_source
 
 
@@ -151,8 +155,11 @@ def compare(
         dense: Dict[str, nn.Module],
         batches: DataLoader,
         device: torch.device,
-) -> Dict[str, float]:
-    """Print how accurate a model is and what conversions make of it; top-1 of each method.
+) -> Dict[str, Tuple[float, float]]:
+    """Print how accurate a model is and what conversions make of it.
+
+    Returns:
+        Top-1 in per cent and relative change of the logits by method; before them, of the model itself.
 
     Raises:
         ValueError: No image can be read.
@@ -163,14 +170,14 @@ def compare(
         print(f'warning: {left_out}')
     if not len(target):
         raise ValueError('no validation image can be read: leave --data-dir out to convert without them.')
+    scores = {'before conversion': (top1(reference, target), 0.)}
     print(f'top-1 of {len(target)} images: {top1(reference, target):.2f} before conversion')
     print('  method            top-1  relative change of the logits')
-    scores = {}
     for method, vit in dense.items():
         logits, _ = logits_of(vit, batches, device)
-        scores[method] = top1(logits, target)
         change = ((logits - reference).norm() / reference.norm()).item()
-        print(f'  {method:<16} {scores[method]:>6.2f}  {change:.4g}')
+        scores[method] = top1(logits, target), change
+        print(f'  {method:<16} {scores[method][0]:>6.2f}  {change:.4g}')
     tokens = [vit.conversion['calibration_tokens'] for vit in dense.values() if 'calibration_tokens' in vit.conversion]
     if tokens:
         print(f'  (calibration: {max(tokens)} tokens a layer from training images)')
@@ -201,6 +208,48 @@ def write(
         ewa.export(dense, output, known.get('class_names'), data_config, provenance, args.overwrite, args.onnx)
     except NotVerified as e:
         raise ValueError(f'{output} was not written: {e}') from e
+
+
+def write_page(
+        args: argparse.Namespace,
+        argv: Optional[Sequence[str]],
+        model: nn.Module,
+        known: Dict[str, Any],
+        dense: Dict[str, nn.Module],
+        best: str,
+        records: List[Dict[str, Any]],
+        scores: Dict[str, Tuple[float, float]],
+) -> None:
+    """The report: what was converted into what, and what it did to the model."""
+    vit = dense[best]
+    before, after = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, vit))
+    past = {k: v for k, v in (known.get('provenance') or {}).items() if k not in ('error', 'layers')}
+    written_by = past.pop('versions', None)
+    facts = {
+        'before': f'{args.source}' + ', EMA weights' * args.use_ema + f' ({model.pretrained_cfg["architecture"]}): '
+                  f'{len(records)} MoE layers, {before:.2f} M parameters',
+        'after': f'{args.output} ({vit.pretrained_cfg["architecture"]}): {after:.2f} M parameters; it loads strictly '
+                 f'and gives the outputs of the converted model',
+        'method': best,
+        'training': ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in past.items()) or None,
+        'calibration': ', '.join(
+            f'{vit.conversion[key]} {name}' for key, name in (
+                ('calibration_images', 'training images'), ('calibration_tokens', 'tokens a layer'))
+            if key in vit.conversion) or None,
+        'trained with': ' '.join(f'{k} {v}' for k, v in written_by.items()) if written_by else None,
+        'converted with': ' '.join(f'{k} {v}' for k, v in versions().items())}
+    layers = dict(moe_layers(model))
+    for record in records:
+        became, were = (layout_of(m) for m in (
+            vit.get_submodule(record['layer']), pulled(layers[record['layer']])[0]))
+        if became is not None and were is not None:
+            record['units'] = f'{record["num_experts"]} x {were.hidden} → {became.hidden}'
+    write_report(
+        records, args.report, f'{args.source} made dense', {key: fact for key, fact in facts.items() if fact},
+        [(method + ' (written)' * (method == best), f'{score:.2f}', f'{change:.4g}' if method in dense else '')
+         for method, (score, change) in scores.items()],
+        {method: m.conversion['error'] for method, m in dense.items() if 'error' in m.conversion},
+        f'python convert.py {shlex.join(sys.argv[1:] if argv is None else argv)}')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -238,13 +287,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     except ValueError as e:
         parser.error(str(e))
     if args.method == 'all':
-        best = max(scores, key=lambda method: scores[method])
+        best = max(dense, key=lambda method: scores[method][0])
         print(f'Recommended: {best}, the highest top-1 right after gathering. It is what is written now; '
               f'distillation (train.py --teacher) can change the order.')
     try:
         write(dense[best].cpu(), output, known, data_config, args)
         if args.report:
-            write_report(records, args.report, f'Experts of {args.source}')
+            write_page(args, argv, model, known, dense, best, records, scores)
     except (ValueError, OSError) as e:
         parser.error(str(e))
     count = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, dense[best])]
@@ -253,7 +302,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     print(f'{output}: loaded strictly, same outputs'
           + f'; {output / "model.onnx"}: checked with onnxruntime' * args.onnx)
     if args.report:
-        print(f'Report: {Path(args.report) / "report.md"}')
+        print(f'Report: {Path(args.report) / "report.html"}')
     print(f"Load it with:  timm.create_model('local-dir:{output}', pretrained=True)")
     print('(without pretrained=True, timm leaves the weights random and says nothing)')
     if args.layout:

@@ -2,9 +2,9 @@
 
 Axis legend: `E` experts.
 """
-from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -110,7 +110,7 @@ def diagnose(model: nn.Module, batches: Optional[Iterable] = None, align: bool =
     return records
 
 
-def advise(records: List[Dict[str, Any]]) -> List[str]:
+def advise(records: Sequence[Mapping[str, Any]]) -> List[str]:
     """Warnings before experts are averaged, and the method that would serve, in words."""
     warnings = []
     for record in records:
@@ -128,71 +128,107 @@ def advise(records: List[Dict[str, Any]]) -> List[str]:
     return warnings
 
 
-def similarity_figure(records: List[Dict[str, Any]]):
-    """Heat maps of the pairwise cosine, one a layer, as a matplotlib figure."""
+def short_names(names: Sequence[str]) -> List[str]:
+    """Names of layers without the parts that all begin and end with: `blocks.1.mlp` is `1` beside `blocks.3.mlp`."""
+    parts = [name.split('.') for name in names]
+    if len(set(names)) == 1:
+        return list(names)
+    for end in (0, -1):
+        while parts and min(map(len, parts)) > 1 and len({part[end] for part in parts}) == 1:
+            for part in parts:
+                part.pop(end)
+    return ['.'.join(part) for part in parts]
+
+
+def _write_cells(axis: Any, image: Any, values: Any, digits: int, fontsize: float) -> None:
+    """Write the values of a heat map into its cells, in white or black, whichever is seen there."""
+    for (i, j), value in np.ndenumerate(values):
+        if not np.ma.is_masked(values[i, j]) and np.isfinite(value):
+            red, green, blue, _ = image.cmap(image.norm(value))
+            dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+            text = f'{value:.{digits}f}'.replace('0.', '.', 1)
+            axis.text(j, i, text, ha='center', va='center', fontsize=fontsize, color='white' if dark else 'black')
+
+
+def similarity_figure(records: Sequence[Mapping[str, Any]], width: float = 4.4):
+    """Heat maps of the pairwise cosine, one a layer, as a matplotlib figure.
+
+    One scale of colours for all, from the smallest to the largest cosine of two experts; that of an expert with itself,
+    always 1, is left out.
+
+    Args:
+        records: Of `diagnose`; some of them have `similarity`.
+        width: In inches; numbers are written where there is room for them.
+    """
     from matplotlib.figure import Figure
 
     records = [record for record in records if 'similarity' in record]
-    columns = min(len(records), 6)
+    maps = [np.ma.masked_array(record['similarity'], np.eye(len(record['similarity']), dtype=bool))
+            for record in records]
+    low, high = min(float(m.min()) for m in maps), max(float(m.max()) for m in maps)
+    middle, half = (low + high) / 2, max(high - low, 1e-4) / 2
+    columns = min(len(records), 3 if len(records) <= 9 else 4 if len(records) <= 16 else 6)
     rows = -(-len(records) // columns)
-    figure = Figure(figsize=(2.2 * columns + 0.8, 2.3 * rows), layout='constrained')
+    side = (width - 0.8) / columns
+    figure = Figure(figsize=(width, (side + 0.1) * rows), layout='constrained')
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(records):]:
         axis.set_axis_off()
-    for axis, record in zip(axes.flat, records):
-        image = axis.imshow(record['similarity'], vmin=-1, vmax=1, cmap='RdBu_r')
-        axis.set_title(record['layer'], fontsize=8)
-        axis.set_xticks(range(record['num_experts'])), axis.set_yticks(range(record['num_experts']))
-        axis.tick_params(labelsize=6)
-        if record['num_experts'] <= 8:  # numbers tell 0.9 from 1 where colours don't
-            for i, row in enumerate(record['similarity']):
-                for j, cosine in enumerate(row):
-                    axis.text(j, i, f'{cosine:.2f}'.replace('0.', '.'), ha='center', va='center', fontsize=5,
-                              color='white' if abs(cosine) > 0.6 else 'black')
-    figure.colorbar(image, ax=axes, label='cosine of expert weights', shrink=0.8)
+    digits = 2 if half > 0.05 else 3 if half > 0.005 else 4
+    for axis, name, values in zip(axes.flat, short_names([record['layer'] for record in records]), maps):
+        image = axis.imshow(values, vmin=middle - half, vmax=middle + half, cmap='viridis')
+        axis.set_facecolor('0.92')
+        axis.set_title(name, fontsize=9, pad=3)
+        axis.set_xticks([]), axis.set_yticks([])
+        if side / len(values) > 0.08 * (digits + 1):
+            _write_cells(axis, image, values, digits, fontsize=7)
+    figure.colorbar(image, ax=axes, label='cosine of two experts\' weights')
     return figure
 
 
-def usage_figure(records: List[Dict[str, Any]]):
+def usage_figure(records: Sequence[Mapping[str, Any]], width: float = 4.4):
     """Heat map of the share of tokens of each expert in each gated layer, as a matplotlib figure; None without any."""
     from matplotlib.figure import Figure
 
     records = [record for record in records if 'usage' in record]
     if not records:
         return None
-    width = max(record['num_experts'] for record in records)
-    shares = [record['usage'] + [float('nan')] * (width - record['num_experts']) for record in records]
-    figure = Figure(figsize=(1.5 + 0.45 * width, 1 + 0.4 * len(records)), layout='constrained')
+    count = max(record['num_experts'] for record in records)
+    shares = np.array([record['usage'] + [float('nan')] * (count - record['num_experts']) for record in records])
+    figure = Figure(figsize=(width, 1 + 0.3 * len(records)), layout='constrained')
     axis = figure.subplots()
     image = axis.imshow(shares, vmin=0, cmap='viridis', aspect='auto')
-    axis.set_yticks(range(len(records)), [record['layer'] for record in records], fontsize=7)
-    axis.set_xticks(range(width))
+    axis.set_yticks(range(len(records)), short_names([record['layer'] for record in records]))
+    axis.set_ylabel('layer')
+    axis.set_xticks(range(0, count, -(-count // 16)))
     axis.set_xlabel('expert')
+    if (width - 1.5) / count > 0.3:
+        _write_cells(axis, image, shares, 2, fontsize=7)
     figure.colorbar(image, label='share of assignments')
     return figure
 
 
-def write_report(records: List[Dict[str, Any]], directory: Path, title: str) -> None:
-    """One page, `directory/report.md`, with the numbers of `diagnose` and PNG figures beside it."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    columns = ['layer', 'router', 'num_experts', 'distance', 'cosine', 'cosine_aligned', 'entropy', 'dead', 'change']
-    columns = [column for column in columns if any(column in record for record in records)]
+def error_figure(errors: Mapping[str, Mapping[str, Mapping[str, float]]], width: float = 4.4):
+    """What fitting left of each layer's output, on the images it was fitted to and on others, as a matplotlib figure.
 
-    def cell(value) -> str:
-        return f'{value:.4f}' if isinstance(value, float) else '' if value is None else str(value)
+    Args:
+        errors: By method and layer, `fitted` and perhaps `held_out` relative errors, as in the `conversion` of a model.
+        width: In inches.
+    """
+    from matplotlib.figure import Figure
 
-    lines = [f'# {title}', '', '| ' + ' | '.join(columns) + ' |', '|' + '---|' * len(columns)]
-    lines += ['| ' + ' | '.join(cell(record.get(column)) for column in columns) + ' |' for record in records]
-    lines += [
-        '', 'distance: of the experts to their mean, relative to its norm. cosine: mean over pairs of experts, '
-        'aligned: after their hidden units were permuted to match. entropy: of usage, 1 when uniform. change: relative '
-        'change of the routed output when the experts are averaged.', '']
-    lines += [f'- {line}' for line in advise(records)]
-    figures = {'similarity': similarity_figure(records) if any('similarity' in r for r in records) else None,
-               'usage': usage_figure(records)}
-    for name, figure in figures.items():
-        if figure is not None:
-            figure.savefig(directory / f'{name}.png', dpi=120)
-            lines += ['', f'![{name}]({name}.png)']
-    (directory / 'report.md').write_text('\n'.join(lines) + '\n')
+    figure = Figure(figsize=(width, 0.4 * width), layout='constrained')
+    axis = figure.subplots()
+    for i, (method, layers) in enumerate(errors.items()):
+        for key, style, where in (('fitted', 'o-', 'calibration'), ('held_out', 's--', 'held out')):
+            points = [(x, error[key]) for x, error in enumerate(layers.values()) if key in error]
+            if points:
+                axis.plot(*zip(*points), style, color=f'C{i}', mfc='white' if key == 'held_out' else None,
+                          label=f'{method}, {where}')
+        axis.set_xticks(range(len(layers)), short_names(list(layers)), rotation=90 if len(layers) > 12 else 0)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel('layer')
+    axis.set_ylabel('relative error')
+    axis.grid(axis='y', alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure

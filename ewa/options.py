@@ -396,7 +396,7 @@ def convert_parser() -> Parser:
                         help=f'how experts become one FFN: {", ".join(METHODS)}; all compares them and writes the best')
     parser.add_argument('--calibration-images', type=COUNT, default=1024, metavar='N',
                         help='training images for methods and reports that need data')
-    parser.add_argument('--report', metavar='DIR', help='also write a page on what the experts do')
+    parser.add_argument('--report', metavar='DIR', help='also write report.html: what was converted, what it changed')
     parser.add_argument('--use-ema', action='store_true', help='convert the EMA weights')
     parser.add_argument('--onnx', action='store_true', help='also write DIR/model.onnx and compare it with onnxruntime')
     group = parser.add_argument_group('Methods', '. '.join(

@@ -291,13 +291,20 @@ def test_refit_says_what_it_saw_and_what_is_left(folder, out, tmp_path, capsys):
     moe = scatter(timm.create_model('vit_ewa', router='topk', **TINY))
     write_folder(moe, tmp_path / 'moe')
     run_convert(tmp_path / 'moe', '--output', out, '--method', 'refit', '--refit-steps', 3, '--data-dir', folder,
-                '--calibration-images', 40, '--workers', 0)
+                '--calibration-images', 40, '--workers', 0, '--report', tmp_path / 'report')
     text = capsys.readouterr().out
+    page = (tmp_path / 'report' / 'report.md').read_text(encoding='utf-8')
+    before, after = re.search(r'([\d.]+) before conversion', text)[1], re.search(r'^  refit +([\d.]+)', text, re.M)[1]
+    assert f'| before conversion | {before} |' in page and f'| refit (written) | {after} |' in page
+    assert f'python convert.py {tmp_path / "moe"} --output {out} --method refit --refit-steps 3' in page
+    units = moe.blocks[1].mlp.experts[0].fc1.out_features
+    assert f'| blocks.1.mlp | topk | 4 x {units} → {units} |' in page
     record = config_of(out)['ewa']
     assert record['method'] == 'refit' and record['steps'] == 3 and record['calibration_images'] == 40
     assert f'refit: 40 training images, {35 * 17} tokens a layer, {record["seconds"]:.1f} s' in text
     for layer, error in record['error'].items():
         assert re.search(rf'{layer} +{error["fitted"]:.4f} +{error["held_out"]:.4f}\n', text)
+        assert f'| {layer} | {error["fitted"]:.4f} | {error["held_out"]:.4f} |' in page
     assert vanilla(out).blocks[1].mlp.fc1.out_features == moe.blocks[1].mlp.experts[0].fc1.out_features
     for flags, words in (
             (['--method', 'refit'], 'refit needs calibration images'),

@@ -3,12 +3,19 @@ from copy import deepcopy
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 import ewa
 import reference
-from ewa.diagnostics import advise, cosines, distances_to_mean, similarity_figure, usage_figure, write_report
+from ewa.diagnostics import (
+    advise,
+    cosines,
+    distances_to_mean,
+    error_figure,
+    short_names,
+    similarity_figure,
+    usage_figure,
+)
 from ewa.moe import moe_layers
 from gated import GLU, foreign, gated, hide, make_equal, permute, scatter, sequences
 
@@ -149,10 +156,8 @@ def test_the_model_stays_as_it_was(tiny, images, training):
     assert records == ewa.diagnose(model.train(not training), [images])
 
 
-def test_a_dense_model_has_nothing_to_diagnose(tiny, images, tmp_path):
+def test_a_dense_model_has_nothing_to_diagnose(tiny, images):
     assert ewa.diagnose(tiny(), [images]) == []
-    write_report([], tmp_path, 'nothing')
-    assert [path.name for path in tmp_path.iterdir()] == ['report.md']
 
 
 class TestAdvice:
@@ -189,50 +194,12 @@ class TestAdvice:
         assert line.startswith('blocks.1.mlp: no calibration token') and '3]' in line
 
 
-class TestReport:
-    @pytest.fixture
-    def records(self, tiny, images):
-        model = gated(tiny(), top_k=1, layers=[1, 3])
-        hide(model.blocks[1].mlp, 2)
-        return ewa.diagnose(model, [images])
-
-    def test_page_has_every_number_and_warning(self, records, tmp_path):
-        write_report(records, tmp_path / 'new' / 'report', 'Experts of x')
-        lines = (tmp_path / 'new' / 'report' / 'report.md').read_text().splitlines()
-        assert lines[0] == '# Experts of x'
-        table = [line.strip('|').split('|') for line in lines if line[:1] == '|']
-        header, rule, *rows = [[cell.strip() for cell in line] for line in table]
-        assert len(rows) == 2 and set(rule) == {'---'}
-        for record, row in zip(records, rows):
-            cells = dict(zip(header, row))
-            for name in ('distance', 'cosine', 'cosine_aligned', 'entropy', 'change'):
-                assert cells[name] == f'{record[name]:.4f}'
-            assert cells['layer'] == record['layer'] and cells['dead'] == str(record['dead'])
-        assert all(f'- {warning}' in lines for warning in advise(records)) and advise(records)
-
-    def test_figures_are_png_that_the_page_shows(self, records, tmp_path):
-        write_report(records, tmp_path, 'x')
-        page = (tmp_path / 'report.md').read_text()
-        assert sorted(path.name for path in tmp_path.iterdir()) == ['report.md', 'similarity.png', 'usage.png']
-        for name in ('similarity', 'usage'):
-            assert f'![{name}]({name}.png)' in page
-            with Image.open(tmp_path / f'{name}.png') as image:
-                assert image.format == 'PNG' and min(image.size) > 100
-                assert len(image.convert('RGB').resize((64, 64)).getcolors(4096)) > 8
-
-    def test_without_data_it_has_no_usage(self, tiny, tmp_path):
-        records = ewa.diagnose(ewa.to_moe(tiny(), init='independent'))
-        assert usage_figure(records) is None
-        write_report(records, tmp_path, 'x')
-        assert sorted(path.name for path in tmp_path.iterdir()) == ['report.md', 'similarity.png']
-        assert 'entropy |' not in (tmp_path / 'report.md').read_text()
-
-    def test_layers_of_unequal_numbers_of_experts(self, records, tmp_path):
-        more = ewa.diagnose(foreign(), sequences()) + ewa.diagnose(foreign(hidden=(4, 12)), sequences())
-        write_report(records + more, tmp_path, 'x')
-        figure = usage_figure(records + more)
-        shown = figure.axes[0].images[0].get_array()
-        assert shown.shape == (4, 4) and shown[3, :2].tolist() == pytest.approx(more[1]['usage'])
+def test_usage_of_layers_of_unequal_numbers_of_experts(tiny, images):
+    records = ewa.diagnose(gated(tiny(), top_k=1, layers=[1, 3]), [images])
+    more = ewa.diagnose(foreign(), sequences()) + ewa.diagnose(foreign(hidden=(4, 12)), sequences())
+    shown = usage_figure(records + more).axes[0].images[0].get_array()
+    assert shown.shape == (4, 4) and shown[3, :2].tolist() == pytest.approx(more[1]['usage'])
+    assert usage_figure(ewa.diagnose(ewa.to_moe(tiny()))) is None
 
 
 def test_models_without_a_router_are_not_run(tiny, monkeypatch):
@@ -242,12 +209,36 @@ def test_models_without_a_router_are_not_run(tiny, monkeypatch):
     assert ewa.diagnose(model, [torch.zeros(1)]) == expected
 
 
-def test_similarity_is_written_in_the_heat_map(tiny):
-    records = ewa.diagnose(gated(tiny('vit_tiny_patch16_224'), router='random', num_experts=3))
-    axes = [axis for axis in similarity_figure(records).axes if axis.get_title()]
-    for axis, record in zip(axes, records, strict=True):
-        written = [float(text.get_text()) for text in axis.texts]
-        assert written == pytest.approx(sum(record['similarity'], []), abs=0.0051)
+@pytest.mark.parametrize('std, router', [(0.001, 'random'), (0.05, 'random'), (1., 'topk')])
+def test_similarity_is_readable_in_the_heat_map(tiny, std, router):
+    model = gated(tiny('vit_tiny_patch16_224'), router=router, num_experts=3)
+    for _, layer in moe_layers(model):
+        make_equal(layer, lambda expert: scatter(expert, std=std))
+    records = ewa.diagnose(model)
+    axes = [axis for axis in similarity_figure(records, 7.5).axes if axis.get_title()]
+    assert [axis.get_title() for axis in axes] == ['1', '3']
+    pairs = [[record['similarity'][i][j] for i in range(3) for j in range(3) if i != j] for record in records]
+    for axis, expected in zip(axes, pairs, strict=True):
+        written = [float(text.get_text()) for text in axis.texts]  # an expert with itself is always 1
+        assert written == pytest.approx(expected, abs=(max(sum(pairs, [])) - min(sum(pairs, []))) / 8 + 1e-4)
+        low, high = axis.images[0].get_clim()
+        assert (low, high) == pytest.approx((min(sum(pairs, [])), max(sum(pairs, []))), abs=1e-4)
+
+
+def test_errors_of_each_layer_are_shown():
+    errors = {'refit': {'blocks.1.mlp': dict(fitted=.1, held_out=.3), 'blocks.3.mlp': dict(fitted=.2)}}
+    axis, = error_figure(errors).axes
+    fitted, held = axis.lines
+    assert list(fitted.get_ydata()) == [.1, .2] and list(held.get_ydata()) == [.3]
+    assert [text.get_text() for text in axis.get_xticklabels()] == ['1', '3']
+
+
+@pytest.mark.parametrize('names, short', [
+    (['blocks.1.mlp', 'blocks.11.mlp'], ['1', '11']), (['blocks.1.mlp'], ['blocks.1.mlp']), ([], []),
+    (['layers.0.blocks.1.mlp', 'layers.2.blocks.1.mlp'], ['0', '2']), (['a.mlp', 'b.b.mlp'], ['a', 'b.b']),
+    (['moe', 'moe'], ['moe', 'moe']), (['a.a', 'a'], ['a.a', 'a'])])
+def test_names_of_layers_are_short(names, short):
+    assert short_names(names) == short
 
 
 def test_of_a_layer_that_does_not_say_how_it_combines_experts_nothing_is_claimed():
