@@ -1,0 +1,1 @@
+"""Speed and memory, one table a script; `python -m benchmarks` runs them all."""
