@@ -150,7 +150,7 @@ def _write_cells(axis: Any, image: Any, values: Any, digits: int, fontsize: floa
             axis.text(j, i, text, ha='center', va='center', fontsize=fontsize, color='white' if dark else 'black')
 
 
-def similarity_figure(records: Sequence[Mapping[str, Any]], width: float = 4.4):
+def similarity_figure(records: Sequence[Mapping[str, Any]], width: float = 3.4):
     """Heat maps of the pairwise cosine, one a layer, as a matplotlib figure.
 
     One scale of colours for all, from the smallest to the largest cosine of two experts; that of an expert with itself,
@@ -180,13 +180,13 @@ def similarity_figure(records: Sequence[Mapping[str, Any]], width: float = 4.4):
         axis.set_facecolor('0.92')
         axis.set_title(name, fontsize=9, pad=3)
         axis.set_xticks([]), axis.set_yticks([])
-        if side / len(values) > 0.08 * (digits + 1):
+        if side / len(values) > 0.07 * (digits + 1):
             _write_cells(axis, image, values, digits, fontsize=7)
     figure.colorbar(image, ax=axes, label='cosine of two experts\' weights')
     return figure
 
 
-def usage_figure(records: Sequence[Mapping[str, Any]], width: float = 4.4):
+def usage_figure(records: Sequence[Mapping[str, Any]], width: float = 3.4):
     """Heat map of the share of tokens of each expert in each gated layer, as a matplotlib figure; None without any."""
     from matplotlib.figure import Figure
 
@@ -208,7 +208,7 @@ def usage_figure(records: Sequence[Mapping[str, Any]], width: float = 4.4):
     return figure
 
 
-def error_figure(errors: Mapping[str, Mapping[str, Mapping[str, float]]], width: float = 4.4):
+def error_figure(errors: Mapping[str, Mapping[str, Mapping[str, float]]], width: float = 3.4):
     """What fitting left of each layer's output, on the images it was fitted to and on others, as a matplotlib figure.
 
     Args:

@@ -9,6 +9,7 @@ import fcntl
 import math
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Optional, TextIO, cast
@@ -27,6 +28,11 @@ from .checkpoint import RunState, checkpoints, remove_leftovers
 from .diagnostics import diagnose, similarity_figure, usage_figure
 from .distillation import benefit_kept
 from .exporting import write_folder
+
+# what is drawn of the experts of each layer, and the chart that has all layers (in TensorBoard's tab of custom scalars)
+CHARTS = {
+    'distance': 'distance of the experts to their mean', 'cosine': 'cosine of two experts, mean over pairs',
+    'entropy': 'entropy of usage, 1 when uniform', 'change': 'change of the output if the experts are averaged'}
 
 
 def say(accelerator: Accelerator, message: str, file: Optional[TextIO] = None) -> None:
@@ -73,6 +79,8 @@ class Logbook:
         self.log_interval = log_interval
         self.metrics: Dict[str, float] = {}  # of the last validation
         self.complaints: Dict[str, str] = {}  # by split
+        self.pulled = False  # a share rate that is 0 throughout is not drawn
+        self.charted = False
         self.board: Optional[SummaryWriter] = None
         if accelerator.is_main_process:
             try:
@@ -86,26 +94,42 @@ class Logbook:
                 os.close(self.lock)
                 raise ValueError(f'{experiment} is being written by another run: give another --experiment.') from e
             remove_leftovers(experiment)
-            text = yaml.safe_dump(arguments)
-            (experiment / 'args.yaml').write_text(text)
+            (experiment / 'args.yaml').write_text(yaml.safe_dump(arguments))
             trim_summary(str(experiment / 'summary.csv'), state.epoch + 1)
             self.board = SummaryWriter(str(experiment), purge_step=state.update + 1 if state.update else None)
-            self.board.add_text('arguments', f'```\n{text}\n```')
+            given = {key: str(value) for key, value in arguments.items()}
+            rows = [f'| {key} | ' + value.replace('|', '\\|') + ' |' for key, value in given.items()
+                    if value not in ('None', 'False', '', '{}')]
+            self.board.add_text('arguments', '\n'.join(['| flag | value |', '|---|---|', *rows]))
         self.interactive = accelerator.is_main_process and sys.stderr.isatty()
         self.bar = tqdm(
             total=epochs * updates_per_epoch, initial=state.update, disable=not self.interactive, unit='update',
             dynamic_ncols=True,
-            bar_format='{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}]{postfix}')
+            miniters=1, bar_format='{desc} {percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}]{postfix}')
+        self.shown = 0.  # when the bar last got figures
+        self.done = threading.Event()
+        if self.interactive:
+            threading.Thread(target=self.tick, daemon=True).start()
+
+    def tick(self) -> None:
+        """Show once a second how long the run has taken, whatever else takes longer than that."""
+        while not self.done.wait(1.):
+            self.bar.refresh()
 
     def __enter__(self) -> Logbook:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.bar.close()
+        self.close_bar()
         if self.board is not None:
             self.board.close()
             fcntl.flock(self.lock, fcntl.LOCK_UN)  # loading processes have the file open too
             os.close(self.lock)
+
+    def close_bar(self) -> None:
+        """Leave the progress bar as it is."""
+        self.done.set()
+        self.bar.close()
 
     def say(self, message: str, file: Optional[TextIO] = None) -> None:
         """See `say`."""
@@ -129,12 +153,23 @@ class Logbook:
         self.batches = batches
         self.images = 0
         self.started = time.time()
+        self.show()
+
+    def show(self, loss: Optional[float] = None) -> None:
+        """Put figures beside the bar: of this epoch, with the top-1 of the last validation."""
+        self.shown = time.time()
+        figures = [f'loss {loss:.3f}'] if loss is not None and math.isfinite(loss) else []
+        figures += [f'top-1 {self.metrics["top1"]:.1f}'] if 'top1' in self.metrics else []
+        figures += [f'{self.images / self.seconds:.0f} images/s'] if self.images else []
+        self.bar.set_postfix_str(', '.join(figures))
 
     def count(self, loss: Tensor, images: int) -> None:
         """Add the loss and the images of a micro-batch of this process."""
         self.loss_sum += loss.detach()
         self.batches += 1
         self.images += images * self.accelerator.num_processes
+        if self.interactive and time.time() - self.shown >= 1:
+            self.show(self.loss_sum.item() / self.batches)  # of this process alone: the others are not asked
 
     @property
     def seconds(self) -> float:
@@ -173,13 +208,20 @@ class Logbook:
             'loss': self.loss, 'lr': learning_rate(optimizer), 'images_per_second': self.speed, 'epoch': self.epoch,
             **{k: v.item() for k, v in (routing or {}).items()}}
         if averager is not None:
-            scalars['share_rate'] = averager.share_rate
-        for key, scalar in scalars.items():
-            self.board.add_scalar(f'train/{key}', scalar, update)
-        top1 = f', top-1 {self.metrics["top1"]:.1f}' if self.metrics else ''
-        self.bar.set_postfix_str(f'loss {self.loss:.3f}{top1}, {self.speed:.0f} images/s')
+            self.pulled |= averager.share_rate > 0
+            scalars.update(dict(share_rate=averager.share_rate) if self.pulled else {})
+        self.draw({f'train/{key}': scalar for key, scalar in scalars.items()}, update)
+        if self.interactive:
+            self.show(self.loss)
         if not self.interactive and not last:
             self.say(f'epoch {self.epoch}/{self.epochs} update {update} loss {self.loss:.4f} {self.speed:.0f} images/s')
+
+    def draw(self, scalars: Dict[str, float], update: int) -> None:
+        """Points of the curves by name."""
+        if self.board is not None:
+            for key, scalar in scalars.items():
+                self.board.add_scalar(key, scalar, update)
+        self.accelerator.log(scalars, step=update)  # to the trackers of --log-with
 
     def diverged(self, what: str, update: int, optimizer: Optimizer) -> None:
         """Stop a run whose numbers are not finite, before they are written anywhere.
@@ -216,16 +258,22 @@ class Logbook:
             ema: EMA weights.
         """
         self.metrics = metrics or self.metrics
+        self.bar.set_description(f'epoch {self.epoch}/{self.epochs}')
         if self.board is None:
             return
         records = diagnose(model, [sample], align=False)
         scalars = {f'eval/{k}': v for k, v in metrics.items()}
         scalars.update({f'spent/{k}': v for k, v in state.spent.items()})
-        scalars.update({
+        scalars.update({  # but the change of random partitions, which is 0 by construction
             f'experts_{k}/{record["layer"]}': record[k] for record in records
-            for k in ('distance', 'cosine', 'entropy', 'change') if k in record})
-        for key, scalar in scalars.items():
-            self.board.add_scalar(key, scalar, state.update)
+            for k in CHARTS if k in record and (k != 'change' or record['router'] != 'random')})
+        self.draw(scalars, state.update)
+        charts = {
+            title: ['Multiline', [f'experts_{key}/.*']] for key, title in CHARTS.items()
+            if any(tag.startswith(f'experts_{key}/') for tag in scalars)}
+        if charts and not self.charted:
+            self.board.add_custom_scalars({'experts': charts})
+            self.charted = True
         if records and metrics:
             self.board.add_figure('experts/similarity', similarity_figure(records), state.update)
             usage = usage_figure(records)
@@ -258,7 +306,7 @@ class Logbook:
             teacher_top1: Accuracy of the teacher; None if there was none.
             dense_top1: Accuracy of a dense model without a teacher.
         """
-        self.bar.close()
+        self.close_bar()
         if teacher_top1 is not None:
             top1 = self.metrics['top1']
             kept = '' if dense_top1 is None else (

@@ -1,10 +1,12 @@
 import math
+import re
 import sys
 
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 
 import ewa
 from ewa.checkpoint import RunState
@@ -87,7 +89,32 @@ def test_tensorboard_has_the_course_of_the_run(trained):
     expected = distances_to_mean(ewa.load(trained / 'last'))['blocks.1.mlp']
     assert scalars(trained, tag)[10] == pytest.approx(expected, rel=1e-4)
     (text,) = found.Tensors('arguments/text_summary')
-    assert b'share_rate: 0.1' in text.tensor_proto.string_val[0]
+    rows = text.tensor_proto.string_val[0].decode().splitlines()
+    assert '| share_rate | 0.1 |' in rows and not any('| None |' in row or '| False |' in row for row in rows)
+
+
+def layout(experiment):
+    """Titles of the charts in the tab of custom scalars, and the pattern of what they show."""
+    (event,) = events(experiment).Tensors(metadata.CONFIG_SUMMARY_TAG)
+    categories = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0]).category
+    return {chart.title: list(chart.multiline.tag) for category in categories for chart in category.chart}
+
+
+def test_one_chart_has_all_layers_and_what_is_zero_by_construction_is_not_drawn(trained, go):
+    assert sorted(sum(layout(trained).values(), [])) == ['experts_cosine/.*', 'experts_distance/.*']
+    gated = go('--router', 'topk', '--epochs', 1)
+    assert sorted(sum(layout(gated).values(), [])) == [
+        f'experts_{key}/.*' for key in ('change', 'cosine', 'distance', 'entropy')]
+    tags = events(gated).Tags()['scalars']
+    assert 'train/share_rate' not in tags and 'train/share_rate' in events(trained).Tags()['scalars']
+    for pattern in sum(layout(gated).values(), []):
+        assert any(re.fullmatch(pattern, tag) for tag in tags)
+    assert not [tag for tag in events(trained).Tags()['scalars'] if tag.startswith('experts_change')]
+
+
+def test_pictures_fit_the_card_of_a_dashboard(trained):
+    event = events(trained).Images('experts/similarity')[-1]
+    assert 200 < event.width <= 350
 
 
 def test_quiet_lines_without_a_terminal(go, capsys):
@@ -111,6 +138,31 @@ def test_progress_bar_on_a_terminal(go, capsys, monkeypatch):
     for word in ('loss ', 'top-1 ', ' images/s', '<'):
         assert word in bars[-1]
     assert 'top-1 0.0' not in bars[-1]  # from the validation after the first epoch
+
+
+def test_the_bar_moves_between_log_entries(book, monkeypatch, capsys):
+    book, _ = book
+    now = [0.]
+    monkeypatch.setattr('ewa.logbook.time.time', lambda: now[0])
+    book.interactive, book.metrics = True, dict(top1=12.34)
+    book.start_epoch(1)
+    assert book.bar.postfix == 'top-1 12.3'  # the loss of the last epoch is not that of this one
+    for seconds, loss, shown in [(0.5, 1., 'top-1 12.3'), (1.25, 3., 'loss 2.000, top-1 12.3, 16 images/s'),
+                                 (2., 8., 'loss 2.000, top-1 12.3, 16 images/s'),
+                                 (2.5, 4., 'loss 4.000, top-1 12.3, 16 images/s'),
+                                 (5., math.nan, 'top-1 12.3, 10 images/s')]:
+        now[0] = seconds
+        book.count(torch.tensor(loss), 10)
+        assert book.bar.postfix == shown
+
+
+def test_the_clock_goes_on_whatever_takes_long(book, monkeypatch):
+    book, _ = book
+    waits, shown = iter([False, False, True]), []
+    monkeypatch.setattr(book.done, 'wait', lambda seconds: seconds > 1 or next(waits))
+    monkeypatch.setattr(book.bar, 'refresh', lambda: shown.append(1))
+    book.tick()
+    assert len(shown) == 2
 
 
 def test_unvalidated_epochs_report_nothing(go, capsys):
