@@ -22,15 +22,17 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, broadcast_object_list
 from timm.data import Mixup
 from timm.loss import create_classification_loss
+from timm.models import model_parameters
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.task import LogitDistillationTask
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, adaptive_clip_grad
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, IterableDataset
@@ -108,13 +110,27 @@ class Run:
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """accelerate's view of devices and processes, for the precision and accumulation that the flags ask for."""
+    for name in args.log_with or ():
+        if name not in LOGGER_TYPE_TO_CLASS or name == 'tensorboard':
+            others = ', '.join(key for key in LOGGER_TYPE_TO_CLASS if key != 'tensorboard')
+            raise ValueError(f'--log-with {name}: beside TensorBoard, which is always written, there are {others}.')
+        if name not in map(str, get_available_trackers()):
+            raise ValueError(f'--log-with {name}: its package is not installed; pip install {name.replace("_", "-")}')
     with foreign(f'--amp --amp-dtype {args.amp_dtype} is not possible here'):
-        return Accelerator(
+        accelerator = Accelerator(
+            cpu=args.device == 'cpu',
+            log_with=args.log_with,
             mixed_precision={'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype] if args.amp else None,
             gradient_accumulation_steps=args.grad_accum_steps,
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
             step_scheduler_with_optimizer=False,
         )
+    found = accelerator.device.type
+    if args.device and args.device.partition(':')[0] != found:
+        raise ValueError(f'--device {args.device}: accelerate finds {found} here.')
+    if ':' in (args.device or ''):
+        raise ValueError(f'--device {args.device}: which one is chosen by CUDA_VISIBLE_DEVICES or accelerate launch.')
+    return accelerator
 
 
 def make_optimizer(model: nn.Module, args: argparse.Namespace, images: int, create: Callable) -> Optimizer:
@@ -156,9 +172,10 @@ def make_averager(
             total_steps=max(1, round(warmup * updates_per_epoch)),
             stop_after=None if args.share_stop_epoch is None else round(args.share_stop_epoch * updates_per_epoch))
     if not runs_hooks(optimizer):
+        instead = f'--opt {args.opt.partition("lookahead_")[2]}' if 'lookahead_' in args.opt else 'another --opt'
         raise ValueError(
-            f'--opt {args.opt} can\'t be used with experts: {type(optimizer).__name__} does not run step hooks '
-            f'reliably. Give another --opt.')
+            f'--opt {args.opt} can\'t be used with experts: {type(optimizer).__name__} does not run step hooks, '
+            f'or keeps weights of its own that are not pulled. Give {instead}.')
     averager.attach(optimizer)
     return averager
 
@@ -209,6 +226,8 @@ def build(
     mixup = make_mixup(args, args.num_classes)
     criterion = make_criterion(args, soft_targets=mixup is not None)
 
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     optimizer = make_optimizer(model, args, args.batch_size * num_processes * args.grad_accum_steps, create_optimizer)
@@ -316,6 +335,17 @@ def introduction(run: Run, accelerator: Accelerator) -> str:
         f'rate {args.lr:.3g}.')
 
 
+def clip_gradients(run: Run, accelerator: Accelerator) -> None:
+    """By `--clip-mode`: their norm, each value, or those of each unit relative to its weights (AGC, not the head)."""
+    args = run.args
+    if args.clip_mode == 'agc':
+        accelerator.unscale_gradients()
+        adaptive_clip_grad(model_parameters(run.plain_model, exclude_head=True), args.clip_grad)
+    else:
+        clip = accelerator.clip_grad_norm_ if args.clip_mode == 'norm' else accelerator.clip_grad_value_
+        clip(run.plain_model.parameters(), args.clip_grad)
+
+
 def train_epoch(run: Run, epoch: int, accelerator: Accelerator, book: Logbook, interrupt: ckpt.Interrupt) -> None:
     """One pass over the training images."""
     args, state = run.args, run.state
@@ -346,8 +376,7 @@ def train_epoch(run: Run, epoch: int, accelerator: Accelerator, book: Logbook, i
                 loss = loss * (args.grad_accum_steps / run.length.left_over)  # accelerate divides by the former
             accelerator.backward(loss)
             if accelerator.sync_gradients and args.clip_grad is not None:
-                clip = accelerator.clip_grad_norm_ if args.clip_mode == 'norm' else accelerator.clip_grad_value_
-                clip(run.plain_model.parameters(), args.clip_grad)
+                clip_gradients(run, accelerator)
             run.optimizer.step()
             run.optimizer.zero_grad()
         if not accelerator.sync_gradients:

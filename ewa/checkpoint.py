@@ -38,7 +38,7 @@ FLAGS = ('opt', 'weight_decay', 'layer_decay', 'model_ema', 'torchcompile', 'eva
 # what decides which images an update sees: with another value the rest of a run would be that of no run
 STREAM = ('seed', 'batch_size', 'grad_accum_steps', 'processes', 'dataset', 'train_split', 'class_map')
 # flags that may be others when a run goes on, and need no word
-FREE = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'val_interval',
+FREE = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'log_with', 'val_interval',
         'checkpoint_hist', 'recovery_interval', 'validation_batch_size', 'teacher_top1', 'dense_top1', 'data_dir',
         'initial_checkpoint', 'pretrained_path', 'pretrained', 'model', 'model_kwargs', 'dataset_download')
 _NEWER = ('batch', 'loss_sum', 'settings')  # entries that checkpoints of version 0.1.0 lack

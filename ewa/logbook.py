@@ -28,6 +28,7 @@ from .checkpoint import RunState, checkpoints, remove_leftovers
 from .diagnostics import diagnose, similarity_figure, usage_figure
 from .distillation import benefit_kept
 from .exporting import write_folder
+from .foreign import foreign
 
 # what is drawn of the experts of each layer, and the chart that has all layers (in TensorBoard's tab of custom scalars)
 CHARTS = {
@@ -101,6 +102,11 @@ class Logbook:
             rows = [f'| {key} | ' + value.replace('|', '\\|') + ' |' for key, value in given.items()
                     if value not in ('None', 'False', '', '{}')]
             self.board.add_text('arguments', '\n'.join(['| flag | value |', '|---|---|', *rows]))
+        if accelerator.log_with:
+            with foreign(f'--log-with {" ".join(arguments["log_with"])} can\'t start'):
+                accelerator.init_trackers(
+                    'ewa', {key: str(value) for key, value in arguments.items()},
+                    dict(wandb=dict(name=experiment.name, dir=str(experiment))))
         self.interactive = accelerator.is_main_process and sys.stderr.isatty()
         self.bar = tqdm(
             total=epochs * updates_per_epoch, initial=state.update, disable=not self.interactive, unit='update',

@@ -4,7 +4,8 @@ import difflib
 import math
 import os
 import sys
-from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
+from itertools import pairwise
+from typing import Any, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
 
 import yaml
 from timm.utils import ParseKwargs
@@ -16,6 +17,7 @@ from .released import READERS
 
 SCHEDULERS = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant')
 WARMUP_EPOCHS = 5
+CLIP_MODES = ('norm', 'value', 'agc')
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 
 
@@ -79,17 +81,30 @@ def cores() -> int:
 
 
 class _Help(argparse.HelpFormatter):
-    """Shows ranges and defaults where there are any."""
+    """A line for each flag: what it is, its range or its choices, and its default where it has one of its own."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=120)
+        super().__init__(prog, max_help_position=34, width=120)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        values = self._format_args(action, 'NAME' if action.choices else action.dest.upper())
+        return f'{", ".join(action.option_strings)} {values}'.strip()
+
+    def _metavar_formatter(self, action: argparse.Action, default_metavar: str):
+        name = action.metavar or default_metavar
+        return lambda count: name if isinstance(name, tuple) else (name,) * count
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ''
         notes = [str(action.type)] if isinstance(action.type, Number) and str(action.type) else []
-        if action.default not in (None, False, '', {}, argparse.SUPPRESS) and action.option_strings:
-            notes.append('default: %(default)s')
-        return f'{text} ({"; ".join(notes)})'.strip() if notes else text
+        if action.choices:
+            notes.append(', '.join(filter(None, map(str, action.choices))))
+        default = action.default
+        if action.option_strings and default is not False and default not in (None, '', argparse.SUPPRESS, [], {}):
+            values = default if isinstance(default, list) else [default]
+            notes.append('default: ' + ' '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in values))
+        return f'{action.help}' + f' ({"; ".join(notes)})' * bool(notes)
 
 
 # flag, argument of `to_moe`, settings of the flag; `renormalise` is given by --model-kwargs
@@ -97,15 +112,15 @@ MOE_FLAGS: Tuple[Tuple[str, str, Dict[str, Any]], ...] = (
     ('--num-experts', 'num_experts', dict(
         type=Number(int, 2), metavar='N', help='experts a MoE layer; makes a dense model a MoE')),
     ('--moe-layers', 'layers', dict(
-        metavar='WHICH', help='every:K, last:K, all, block indices "1,3,5", or a regular expression over FFN names')),
+        metavar='WHICH', help='every:K, last:K, all, block indices "1,3,5", or a regular expression over names')),
     ('--expert-init', 'init', dict(
-        choices=('copy', 'independent'), help='initial weights of the experts; default: copies of one FFN')),
-    ('--router', 'router', dict(choices=ROUTERS, help='random: random partition (EWA), topk: gated')),
+        choices=('copy', 'independent'), help='first weights; default: copies of one FFN')),
+    ('--router', 'router', dict(choices=ROUTERS, help='random: random partition (EWA), others: gated')),
     ('--expert-form', 'form', dict(
         choices=('experts', 'mean'),
-        help='random: parameters are experts, as published, or their mean and deviations from it; default: experts')),
+        help='random: as published, or mean and deviations; default: experts')),
     ('--spread', 'spread', dict(
-        type=NOT_NEGATIVE, metavar='S', help='form mean: what deviations are multiplied by; default: 0.3')),
+        type=NOT_NEGATIVE, metavar='S', help='form mean: factor of the deviations; default: 0.3')),
     ('--top-k', 'top_k', dict(type=COUNT, metavar='K', help='gated: experts a token')),
     ('--num-shared', 'num_shared', dict(type=WHOLE, metavar='N', help='gated: experts that see every token')),
     ('--expert-ratio', 'expert_ratio', dict(
@@ -113,8 +128,24 @@ MOE_FLAGS: Tuple[Tuple[str, str, Dict[str, Any]], ...] = (
 )
 
 
+# flags of timm's train.py that ours lacks, and what is there instead
+ABSENT = dict.fromkeys((
+    'dataset-trust-remote-code no-resume-opt fuser fast-norm head-init-scale head-init-bias torchscript amp-impl '
+    'model-dtype no-ddp-bb synchronize-step device-modules layer-decay-no-opt-scale lr-noise lr-noise-pct '
+    'lr-noise-std lr-cycle-mul lr-cycle-decay lr-cycle-limit lr-k-decay epoch-repeats start-epoch patience-epochs '
+    'aug-repeats aug-splits jsd-loss bce-pos-weight resplit drop-connect drop-block bn-momentum bn-eps sync-bn '
+    'dist-bn split-bn model-ema-force-cpu save-images no-prefetcher tta use-multi-epochs-loader wandb-project '
+    'wandb-tags wandb-resume-id naflex-loader naflex-train-seq-lens naflex-max-seq-len naflex-patch-sizes '
+    'naflex-patch-size-probs naflex-loss-scale kd-model-kwargs kd-distill-type kd-loss-type').split(), '')
+ABSENT.update({
+    'log-wandb': 'give --log-with wandb', 'kd-model-name': 'give --teacher', 'local-rank': 'start it with torchrun',
+    'worker-seeding': 'augmentation is drawn from --seed, epoch and image, whichever worker loads it'})
+
+
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` that takes defaults from a YAML file (`-c`) and fails in one line that names the way out."""
+
+    absent: Mapping[str, str] = {}  # flags of a script that this one is like, and what to give instead
 
     def __init__(self, **kwargs) -> None:
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
@@ -130,6 +161,13 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args((self._config_flags(config) if config else []) + args, namespace)
         if unknown:
             self.error(f'unknown argument {unknown[0]}{self._nearest(unknown[0].lstrip("-"))}')
+        data = parsed.__dict__.pop('data', None)
+        if data is not None:
+            if ('--resume', data) in pairwise(args):
+                self.error(f'--resume takes no path: it goes on with --experiment; what is {data}?')
+            if any(arg.split('=', maxsplit=1)[0] == '--data-dir' for arg in args):
+                self.error(f'{data} belongs to no flag, and the data set is that of --data-dir {parsed.data_dir}')
+            parsed.data_dir = data
         return parsed
 
     @staticmethod
@@ -139,8 +177,11 @@ class Parser(argparse.ArgumentParser):
         return finder.parse_known_args(args)[0].config
 
     def _nearest(self, name: str) -> str:
+        name = name.split('=', maxsplit=1)[0].replace('_', '-')
+        if name in self.absent:
+            return ': a flag of timm\'s train.py that this one does not have' + f'; {self.absent[name]}'.rstrip('; ')
         flags = [flag[2:] for flag in self._option_string_actions if flag.startswith('--')]
-        close = difflib.get_close_matches(name.split('=', maxsplit=1)[0].replace('_', '-'), flags, n=1, cutoff=0.)
+        close = difflib.get_close_matches(name, flags, n=1)
         return f'; the nearest flag is --{close[0]}' if close else ''
 
     def _config_flags(self, path: str) -> List[str]:
@@ -172,6 +213,16 @@ class Parser(argparse.ArgumentParser):
         return [*flags, f'--config={path}']  # a last flag of one value, so that lists do not take a positional argument
 
 
+class _InputSize(argparse.Action):
+    """Channels, height and width, as the two flags that hold them."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        channels, height, width = values
+        if height != width:
+            raise argparse.ArgumentError(self, f'{height} x {width} is not square')
+        namespace.in_chans, namespace.img_size = channels, height
+
+
 class _KeyValues(ParseKwargs):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         wrong = next((value for value in values if value and '=' not in value), None)
@@ -185,10 +236,10 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('Data')
     group.add_argument('--data-dir', metavar='DIR', help='root of the data set')
     group.add_argument('--dataset', metavar='NAME', default='',
-                       help='"<type>/<name>" for torch/, hfds/, wds/, tfds/; empty: folders or tars of images')
+                       help='TYPE/NAME for torch, hfds, wds, tfds; default: folders or tars of images')
     group.add_argument('--train-split', metavar='NAME', default='train',
-                       help='training split: a folder or .tar, or its name')
-    group.add_argument('--val-split', metavar='NAME', default='validation', help='validation split, likewise')
+                       help='folder, .tar or name of the training split')
+    group.add_argument('--val-split', metavar='NAME', default='validation', help='the same of validation')
     group.add_argument('--train-num-samples', type=COUNT, metavar='N',
                        help='size of the training split of an iterable data set')
     group.add_argument('--val-num-samples', type=COUNT, metavar='N',
@@ -196,36 +247,41 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--dataset-download', action='store_true',
                        help='allow torch/ and tfds/ data sets to be downloaded')
     group.add_argument('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
-    group.add_argument('--input-img-mode', metavar='MODE', help='PIL mode of images; default by --in-chans: RGB or L')
-    group.add_argument('--input-key', help='key of images in hfds/, wds/ data sets')
-    group.add_argument('--target-key', help='key of labels in hfds/, wds/ data sets')
+    group.add_argument('--input-img-mode', metavar='MODE', help='PIL mode of images; default: RGB, of one channel L')
+    group.add_argument('--input-key', metavar='KEY', help='key of images in hfds/, wds/ data sets')
+    group.add_argument('--target-key', metavar='KEY', help='key of labels in hfds/, wds/ data sets')
     group.add_argument('--img-size', type=COUNT, metavar='N', help='image size; default: the model\'s')
+    group.add_argument('--input-size', type=COUNT, nargs=3, action=_InputSize, default=argparse.SUPPRESS,
+                       metavar=('C', 'H', 'W'),
+                       help='--in-chans C and --img-size H in one')
     group.add_argument('--in-chans', type=COUNT, metavar='N', help='input channels; default: 3')
     group.add_argument('--crop-pct', type=POSITIVE, metavar='N', help='centre crop of validation images')
-    group.add_argument('--mean', type=FINITE, nargs='+', metavar='MEAN', help='pixel mean; default: the model\'s')
-    group.add_argument('--std', type=POSITIVE, nargs='+', metavar='STD',
+    group.add_argument('--mean', type=FINITE, nargs='+', metavar='M', help='pixel mean; default: the model\'s')
+    group.add_argument('--std', type=POSITIVE, nargs='+', metavar='S',
                        help='pixel standard deviation; default: the model\'s')
-    group.add_argument('--interpolation', default='', choices=('', *INTERPOLATIONS), metavar='NAME',
-                       help=f'resize interpolation: {", ".join(INTERPOLATIONS)}; default: the model\'s')
+    group.add_argument('--interpolation', default='', choices=('', *INTERPOLATIONS),
+                       help='of resizing; default: the model\'s')
     group.add_argument('-b', '--batch-size', type=COUNT, default=128, metavar='N',
-                       help='images a process and micro-batch')
+                       help='images of a process and micro-batch')
     group.add_argument('-j', '--workers', type=WHOLE, default=min(4, cores()), metavar='N',
                        help='data loading processes')
 
 
 def train_parser() -> Parser:
     """The options of `train.py`."""
-    parser = Parser(prog='train.py', usage='%(prog)s [-c FILE] --data-dir DIR [--FLAG VALUE ...]',
+    parser = Parser(prog='train.py', usage='%(prog)s [-c FILE] DIR [--FLAG VALUE ...]',
                     description='Train a ViT, dense or as a mixture of experts.')
+    parser.absent = ABSENT
+    parser.add_argument('data', nargs='?', metavar='DIR', help='root of the data set: --data-dir')
     add_data_options(parser)
 
     group = parser.add_argument_group('Model')
     group.add_argument('--model', default='vit_small_ewa', metavar='NAME', help='timm model name, or local-dir:DIR')
     group.add_argument('--pretrained', action='store_true', help='start from pretrained weights')
     group.add_argument('--pretrained-path', metavar='PATH',
-                       help='start from this file or folder as if it were pretrained: the classifier is replaced')
+                       help='start from this file or folder as if it were pretrained')
     group.add_argument('--initial-checkpoint', default='', metavar='PATH',
-                       help='start from all weights of this file or folder; dense ones are copied into the experts')
+                       help='start from all weights of it, the classifier too; dense ones go to all experts')
     group.add_argument('--num-classes', type=COUNT, metavar='N', help='default: found from the data')
     group.add_argument('--gp', metavar='POOL', help='global pool; default: the model\'s')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=_KeyValues, metavar='KEY=VALUE',
@@ -233,16 +289,16 @@ def train_parser() -> Parser:
     group.add_argument('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass')
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
     group.add_argument('--torchcompile-mode', metavar='MODE', help='mode of torch.compile')
+    group.add_argument('--channels-last', action='store_true', help='memory layout of convolutions')
 
     group = parser.add_argument_group('Experts')
     for flag, _, settings in MOE_FLAGS:
         group.add_argument(flag, **settings)
     group.add_argument('--share-rate', type=BELOW_ONE, metavar='R',
-                       help='pull of the experts toward their mean after each update, 0 to (E-1)/E; '
-                            'default: 1e-3 for random partition, 0.1 in mean form, 0 for gated')
+                       help='pull to the mean; default: random 1e-3, form mean 0.1, gated 0')
     group.add_argument('--share-schedule', choices=SCHEDULES, default='constant', help='course of the share rate')
     group.add_argument('--share-warmup-epochs', type=NOT_NEGATIVE, metavar='N',
-                       help='epochs until a linear or cosine share rate is full; default: all')
+                       help='epochs until linear or cosine is full; default: all')
     group.add_argument('--share-every', type=COUNT, default=1, metavar='N', help='pull at every n-th update')
     group.add_argument('--share-stop-epoch', type=NOT_NEGATIVE, metavar='N', help='stop pulling after this many epochs')
     group.add_argument('--balance-loss-weight', type=NOT_NEGATIVE, default=0.01, metavar='W',
@@ -255,12 +311,12 @@ def train_parser() -> Parser:
     group.add_argument('--kd-temperature', type=POSITIVE, default=4.0, metavar='T',
                        help='temperature of both softmaxes')
     group.add_argument('--distill-loss-weight', type=NOT_NEGATIVE, metavar='W',
-                       help='weight of the KL term (1 if neither is given)')
+                       help='weight of the KL term; default: 1, or what --task-loss-weight leaves of 1')
     group.add_argument('--task-loss-weight', type=NOT_NEGATIVE, metavar='W',
-                       help='weight of the label loss; alone, the KL term gets the rest to 1')
+                       help='weight of the label loss; default: 1')
     group.add_argument('--teacher-top1', type=PERCENT, metavar='PCT', help='accuracy of the teacher; default: measured')
     group.add_argument('--dense-top1', type=PERCENT, metavar='PCT',
-                       help='accuracy of a dense model without a teacher, to report the share of the benefit kept')
+                       help='accuracy of a dense model, to report the benefit kept')
 
     group = parser.add_argument_group('Optimizer')
     group.add_argument('--opt', default='adamw', metavar='NAME', help='optimizer of timm.optim')
@@ -269,25 +325,26 @@ def train_parser() -> Parser:
                        help='betas; default: the optimizer\'s')
     group.add_argument('--momentum', type=BELOW_ONE, default=0.9, metavar='M', help='momentum where there is one')
     group.add_argument('--weight-decay', type=NOT_NEGATIVE, default=0.05, metavar='W', help='weight decay')
-    group.add_argument('--clip-grad', type=POSITIVE, metavar='NORM', help='clip gradients')
-    group.add_argument('--clip-mode', choices=('norm', 'value'), default='norm',
-                       help='clip the global norm or each value')
+    group.add_argument('--clip-grad', type=POSITIVE, metavar='G', help='largest gradient; agc: relative to weights')
+    group.add_argument('--clip-mode', choices=CLIP_MODES, default='norm', help='of what: all, each value, each unit')
     group.add_argument('--layer-decay', type=NOT_ZERO_SHARE, metavar='D', help='layer-wise learning rate decay')
     group.add_argument('--layer-decay-min-scale', type=SHARE, default=0., metavar='S', help='its lowest scale')
     group.add_argument('--opt-kwargs', nargs='*', default={}, action=_KeyValues, metavar='KEY=VALUE',
-                       help='further arguments of the optimizer')
+                       help='further arguments')
     group.add_argument('--grad-accum-steps', type=COUNT, default=1, metavar='N', help='micro-batches an update')
+    group.add_argument('--model-ema', action='store_true', help='keep an exponential moving average of the weights')
+    group.add_argument('--model-ema-decay', type=SHARE, default=0.9998, metavar='D', help='its decay an update')
+    group.add_argument('--model-ema-warmup', action='store_true', help='let the decay rise from 0')
 
     group = parser.add_argument_group('Learning rate')
-    group.add_argument('--sched', default='cosine', choices=SCHEDULERS, metavar='NAME',
-                       help=f'course of the learning rate: {", ".join(SCHEDULERS)}')
+    group.add_argument('--sched', default='cosine', choices=SCHEDULERS, help='course')
     group.add_argument('--sched-on-updates', action='store_true', help='step the schedule at each update, not epoch')
     group.add_argument('--lr', type=NOT_NEGATIVE, metavar='LR', help='learning rate; default: from --lr-base')
     group.add_argument('--lr-base', type=NOT_NEGATIVE, default=5e-4, metavar='LR',
                        help='learning rate at a batch of --lr-base-size')
     group.add_argument('--lr-base-size', type=COUNT, default=512, metavar='N', help='images an update')
     group.add_argument('--lr-base-scale', choices=('', 'linear', 'sqrt'), default='',
-                       help='scaling with the batch; empty: sqrt for adaptive optimizers, else linear')
+                       help='with the batch; default: sqrt if adaptive, else linear')
     group.add_argument('--epochs', type=COUNT, default=300, metavar='N', help='epochs to train')
     group.add_argument('--warmup-epochs', type=WHOLE, default=WARMUP_EPOCHS, metavar='N',
                        help='epochs of rising learning rate')
@@ -321,11 +378,11 @@ def train_parser() -> Parser:
     group.add_argument('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='what is put there')
     group.add_argument('--recount', type=COUNT, default=1, metavar='N', help='areas to erase')
     group.add_argument('--train-interpolation', default='random', choices=('random', *INTERPOLATIONS),
-                       metavar='NAME', help=f'resize interpolation in training: random, {", ".join(INTERPOLATIONS)}')
+                       help='resize')
     group.add_argument('--mixup', type=NOT_NEGATIVE, default=0., metavar='ALPHA', help='alpha of mixup; 0: off')
     group.add_argument('--cutmix', type=NOT_NEGATIVE, default=0., metavar='ALPHA', help='alpha of cutmix; 0: off')
     group.add_argument('--cutmix-minmax', type=SHARE, nargs=2, metavar='R',
-                       help='smallest and largest part to cut, in the place of --cutmix')
+                       help='smallest and largest part to cut, instead of --cutmix')
     group.add_argument('--mixup-prob', type=SHARE, default=1., metavar='P', help='probability of mixing a batch')
     group.add_argument('--mixup-switch-prob', type=SHARE, default=0.5, metavar='P',
                        help='probability of cutmix where both are on')
@@ -340,27 +397,26 @@ def train_parser() -> Parser:
     group.add_argument('--drop', type=BELOW_ONE, metavar='P', help='dropout')
     group.add_argument('--drop-path', type=BELOW_ONE, metavar='P', help='stochastic depth')
 
-    group = parser.add_argument_group('Averages over time')
-    group.add_argument('--model-ema', action='store_true', help='keep an exponential moving average of the weights')
-    group.add_argument('--model-ema-decay', type=SHARE, default=0.9998, metavar='D', help='decay an update')
-    group.add_argument('--model-ema-warmup', action='store_true', help='let the decay rise from 0')
-
     group = parser.add_argument_group('Run')
     group.add_argument('--seed', type=WHOLE, default=42, metavar='N', help='of all random numbers')
     group.add_argument('--amp', action='store_true', help='mixed precision (or by accelerate launch)')
     group.add_argument('--amp-dtype', choices=('float16', 'bfloat16'), default='float16', help='with --amp')
     group.add_argument('-vb', '--validation-batch-size', type=COUNT, metavar='N', help='default: --batch-size')
+    group.add_argument('--device', metavar='NAME', help='cpu, cuda, mps, ...; default: what accelerate finds')
     group.add_argument('--pin-mem', action='store_true', help='pin host memory of batches')
     group.add_argument('--log-interval', type=COUNT, default=50, metavar='N', help='updates between log entries')
+    group.add_argument('--log-with', nargs='+', metavar='NAME',
+                       help='trackers beside TensorBoard, of those that accelerate knows: wandb, mlflow, ...')
     group.add_argument('--val-interval', type=COUNT, default=1, metavar='N', help='epochs between validations')
     group.add_argument('--recovery-interval', type=WHOLE, default=0, metavar='N',
-                       help='updates between checkpoints within an epoch; 0: only at its end')
+                       help='updates between checkpoints; 0: one an epoch')
     group.add_argument('--checkpoint-hist', type=COUNT, default=2, metavar='N', help='checkpoints to keep')
     group.add_argument('--eval-metric', choices=('top1', 'top5', 'loss'), default='top1',
                        help='what best/ is chosen by')
     group.add_argument('--output', default='output', metavar='DIR', help='parent of all experiments')
     group.add_argument('--experiment', default='', metavar='NAME', help='folder of this run; default: time and model')
-    group.add_argument('--resume', action='store_true', help='go on from the newest whole checkpoint of the experiment')
+    group.add_argument('--resume', action='store_true',
+                       help='go on with --experiment from its newest checkpoint; takes no path, unlike timm\'s')
     return parser
 
 
@@ -392,8 +448,8 @@ def convert_parser() -> Parser:
     parser.add_argument('--output', required=True, metavar='DIR', help='folder to make')
     parser.add_argument('--overwrite', action='store_true',
                         help='replace the model in DIR if there is one; other files there stay')
-    parser.add_argument('--method', default='average', choices=(*METHODS, 'all'), metavar='NAME',
-                        help=f'how experts become one FFN: {", ".join(METHODS)}; all compares them and writes the best')
+    parser.add_argument('--method', default='average', choices=(*METHODS, 'all'),
+                        help='how experts become one FFN; all compares and writes the best')
     parser.add_argument('--calibration-images', type=COUNT, default=1024, metavar='N',
                         help='training images for methods and reports that need data')
     parser.add_argument('--report', metavar='DIR', help='also write report.html: what was converted, what it changed')

@@ -7,6 +7,7 @@ import yaml
 from ewa.gathering import METHODS
 from ewa.moe import ROUTERS, RandomPartitionMoE, moe_layers
 from ewa.options import (
+    ABSENT,
     MOE_FLAGS,
     check_together,
     convert_parser,
@@ -195,14 +196,56 @@ def test_numbers_have_ranges(line, words, capsys):
     assert e.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_every_flag_says_what_it_is_and_no_default_is_none():
-    for parser in (train_parser(), convert_parser()):
-        assert all(action.help for action in parser._actions)
-        text = ' '.join(parser.format_help().split())
-        assert 'None' not in text
-        for action in parser._actions:
-            if action.choices and action.option_strings:
-                assert all(str(choice) in text for choice in action.choices)
+@pytest.mark.parametrize('make', [train_parser, convert_parser])
+def test_every_flag_says_what_it_is_and_no_default_is_none(make):
+    parser = make()
+    assert all(action.help for action in parser._actions)
+    text = ' '.join(parser.format_help().split())
+    assert 'None' not in text
+    for action in parser._actions:
+        if action.choices and action.option_strings:
+            assert all(str(choice) in text for choice in action.choices)
+
+
+def test_help_has_one_line_a_flag_with_choices_and_default_once():
+    parser = train_parser()
+    lines = parser.format_help().splitlines()
+    assert len(lines) <= 155 and max(map(len, lines)) <= 120
+    for action in parser._actions:
+        flag = action.option_strings[-1] if action.option_strings else action.metavar
+        line, = [line for line in lines if re.match(rf'  (-\w+, )?{flag} .*  \S', line)]
+        assert line.count('default') <= 1, line
+        if action.choices:
+            assert ', '.join(filter(None, action.choices)) in line and '{' not in line
+        if isinstance(action.default, (int, float)) and not isinstance(action.default, bool):
+            assert f'default: {action.default:g})' in line
+
+
+def test_the_folder_of_images_with_or_without_its_flag(tmp_path):
+    for flags in (['data'], ['--lr', '1', 'data'], ['data', '--amp'], ['--data-dir', 'data']):
+        assert parse(*flags).data_dir == 'data' and 'data' not in vars(parse(*flags))
+    assert parse('data', config={'data-dir': 'other', 'mean': [0.5]}, tmp_path=tmp_path).data_dir == 'data'
+    assert parse(config={'data-dir': 'other'}, tmp_path=tmp_path).data_dir == 'other' and parse().data_dir is None
+    assert 'data belongs to no flag' in error_of('data', '--data-dir', 'other')
+    assert '--resume takes no path' in error_of('--resume', 'output/a')
+
+
+def test_input_size_is_two_flags_in_one():
+    args = parse('--input-size', 1, 28, 28)
+    assert (args.in_chans, args.img_size) == (1, 28) and 'input_size' not in vars(args)
+
+
+@pytest.mark.parametrize('flag, words', [
+    ('--aug-repeats', ''), ('--log-wandb', 'give --log-with wandb'), ('--local_rank=0', 'torchrun'),
+    ('--worker-seeding', 'whichever worker loads it')])
+def test_flags_of_timm_that_are_not_here_are_named_as_such(flag, words, tmp_path):
+    line = error_of(flag)
+    assert f'unknown argument {flag}: a flag of timm\'s train.py that this one does not have' in line
+    assert words in line and 'nearest' not in line
+    (tmp_path / 'c.yaml').write_text('jsd_loss: true\n')
+    assert 'unknown key jsd_loss: a flag of timm' in error_of('-c', str(tmp_path / 'c.yaml'))
+    assert 'nearest' not in error_of('--zzzzzz') and not set(ABSENT) & {
+        option.lstrip('-') for action in train_parser()._actions for option in action.option_strings}
 
 
 @pytest.mark.parametrize('line, words', [

@@ -6,6 +6,8 @@ import sys
 import pytest
 import timm
 import torch
+from accelerate import tracking
+from accelerate.utils import LoggerType
 from PIL import ImageOps
 from safetensors.torch import load_file
 
@@ -113,6 +115,51 @@ def test_clipping_and_layer_decay(go):
     assert scalars(run, 'train/lr')[1] == pytest.approx(0.002)
     groups = torch.load(newest(run) / 'optimizer.bin', weights_only=True)['param_groups']
     assert {group['lr_scale'] for group in groups} == {1, 0.5, 0.25, 0.125}
+
+
+def test_units_are_clipped_relative_to_their_weights(go):
+    run = go('--opt', 'momentum', '--momentum', 0, '--weight-decay', 0, '--epochs', 1, '--lr', 1, '--channels-last',
+             '--clip-grad', 1e-3, '--clip-mode', 'agc', '--device', 'cpu')
+    train.seed_all(42, 0)
+    start = train.build_model(train_parser().parse_args([*FLAGS, '--num-classes', '10'])).state_dict()
+    for key, value in weights(run).items():
+        if value.ndim > 1 and key.startswith(('blocks', 'patch_embed')):  # 5 updates by a rate of 1
+            units = [tensor.flatten(1).norm(dim=1) for tensor in (value - start[key], start[key])]
+            assert (units[0] <= 5 * 1e-3 * 1.01 * units[1]).all() and units[0].sum() > 0, key
+    assert (weights(run)['head.weight'] - start['head.weight']).norm() > 0.01 * start['head.weight'].norm()
+
+
+def test_other_trackers_get_the_curves_too(go, monkeypatch):
+    told = {}
+
+    class Tracker(tracking.GeneralTracker):
+        name, requires_logging_directory, main_process_only = 'wandb', False, True
+
+        def __init__(self, run_name, **kwargs):
+            super().__init__()
+            told['begin'] = run_name, kwargs['name']
+
+        def start(self):
+            pass
+
+        def store_init_configuration(self, values):
+            told['share_rate'] = values['share_rate']
+
+        def log(self, values, step=None, **kwargs):
+            told.update({(key, step): value for key, value in values.items()})
+
+        def finish(self):
+            told['end'] = True
+
+        tracker = None
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, 'wandb', Tracker)
+    monkeypatch.setattr(tracking, '_available_trackers', [LoggerType.WANDB])
+    run = go('--log-with', 'wandb', '--epochs', 1)
+    assert told['begin'] == ('ewa', run.name) and told['share_rate'] == '0.001' and told['end']
+    for tag in ('train/loss', 'eval/top1', 'experts_distance/blocks.1.mlp'):
+        (step, value), = scalars(run, tag).items()
+        assert told[tag, step] == pytest.approx(value)
 
 
 def test_share_rate_reaches_the_experts(go):
@@ -241,7 +288,14 @@ MISTAKES = {
     'too many batches': ('--batch-size 100', '80 training images', '--batch-size 100'),
     'odd mixup': ('--batch-size 15 --mixup 1', 'even'),
     'unknown optimizer': ('--opt nope', 'nope'),
-    'deaf optimizer': ('--opt lookahead_adamw', 'Lookahead'),
+    'deaf optimizer': ('--opt lookahead_adamw', 'Lookahead', 'Give --opt adamw.'),
+    'no such device': ('--device cuda', '--device cuda: accelerate finds cpu here'),
+    'one of several devices': ('--device cpu:1', 'accelerate launch'),
+    'tracker without its package': ('--log-with wandb', 'pip install wandb'),
+    'unknown tracker': ('--log-with nope', 'nope', 'mlflow'),
+    'path to resume': ('--resume {}/full', '--resume takes no path', 'full'),
+    'two folders': ('{}/full', 'full belongs to no flag'),
+    'sides that differ': ('--input-size 1 28 32', '28 x 32 is not square'),
     'unknown policy': ('--aa nope', 'nope'),
     'no epochs': ('--epochs 0', '--epochs', 'at least 1'),
     'no such interpolation': ('--interpolation nope', 'nope', 'bicubic'),
