@@ -255,7 +255,8 @@ def require_onnx() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  what torch.onnx exports with
     except ImportError as e:
-        raise ValueError(f'ONNX needs a package that is not installed ({e.name}): pip install -e ".[onnx]".') from e
+        raise ValueError(
+            f'ONNX needs a package that is not installed ({e.name}): pip install onnx onnxruntime onnxscript') from e
 
 
 @torch.no_grad()

@@ -239,7 +239,7 @@ def test_the_source_is_not_overwritten(trained):
 def test_missing_onnx_is_found_out_before_work(trained, folder, out, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     code, lines = fails(run_convert, trained / 'last', '--output', out, '--onnx', '--data-dir', folder)
-    assert code == 2 and 'pip install -e ".[onnx]"' in lines[-1]
+    assert code == 2 and 'pip install onnx onnxruntime onnxscript' in lines[-1]
     assert not capsys.readouterr().out and not out.exists()
 
 
