@@ -1,12 +1,12 @@
 """The second phase of OneS: refine a gathered dense model with the MoE as its teacher (arXiv 2201.10890)."""
 import argparse
+import logging
 from typing import Optional, Sequence
 
 import torch
 from timm.task import LogitDistillationTask
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from .foreign import foreign
 
@@ -77,6 +77,10 @@ def forward_flops(model: nn.Module, image_shape: Sequence[int]) -> int:
     Raises:
         ValueError: The model can't take such an image.
     """
+    # where triton is missing it warns that it can't count triton's kernels, and ours have none
+    logging.getLogger('torch.utils.flop_counter').setLevel(logging.ERROR)
+    from torch.utils.flop_counter import FlopCounterMode
+
     image = torch.zeros(1, *image_shape, device=next(model.parameters()).device)
     training = {module: module.training for module in model.modules()}
     model.eval()
