@@ -182,7 +182,7 @@ def similarity_figure(records: Sequence[Mapping[str, Any]], width: float = 3.4):
         axis.set_xticks([]), axis.set_yticks([])
         if side / len(values) > 0.07 * (digits + 1):
             _write_cells(axis, image, values, digits, fontsize=7)
-    figure.colorbar(image, ax=axes, label='cosine of two experts\' weights')
+    figure.colorbar(image, ax=axes, label='cosine').ax.tick_params(labelsize=8)
     return figure
 
 
