@@ -133,6 +133,8 @@ def execute(study: str, run: Run, work: Path) -> Dict[str, Any]:
             line['experts'] = course(output)
         else:
             convert.main([run.source, *arguments(dict(run.flags, output=output))])
+            made = json.loads((output / 'config.json').read_text(encoding='utf-8'))['ewa']
+            line['conversion'] = {key: made[key] for key in ('calibration_tokens', 'error', 'seconds') if key in made}
             line.update(score(output, test))
     return dict(line, seconds=time.time() - started, machine=machine())
 

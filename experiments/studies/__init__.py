@@ -5,13 +5,14 @@
 from typing import Dict
 
 from ..setting import Study
-from . import bounded, finetune, gated, gathering, main, mean, pretrained, refit, share_rate, tune, whole
+from . import bounded, demo, finetune, gated, gathering, main, mean, pretrained, real, refit, share_rate, tune, whole
 
 STUDIES: Dict[str, Study] = {
     'tune': tune.STUDY,
     'main': main.STUDY,
     'mean': mean.STUDY,
     'pretrained': pretrained.STUDY,
+    'demo': demo.STUDY,
     'share_rate': share_rate.STUDY,
     'bounded': bounded.STUDY,
     'finetune': finetune.STUDY,
@@ -19,4 +20,5 @@ STUDIES: Dict[str, Study] = {
     'whole': whole.STUDY,
     'gathering': gathering.STUDY,
     'refit': refit.STUDY,
+    'real': real.STUDY,
 }

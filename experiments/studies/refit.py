@@ -1,7 +1,10 @@
 """Refit beside gatherings of the weights: right after, over images and steps, and after little distillation."""
-from typing import Dict, Iterator, List, NamedTuple
+import statistics
+from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
-from ..data import subset
+from matplotlib.figure import Figure
+
+from ..data import classes_of, subset
 from ..runner import Run
 from ..setting import GATED, Flags, Setting, Study, Whole
 from ..tables import Lines, by_seed, mean_se, provenance, scored, select, table, unique, wrap
@@ -19,6 +22,7 @@ ALL = dict(GATED, **{'moe-layers': 'all'})
 TEACHERS: Dict[str, Dict[str, Teacher]] = {
     'fashion': {'wide': Teacher('width 32, MoEs in all blocks', Whole(32, 5, 0, ()), ALL, .008)},
     'glyphs': {
+        'large': Teacher('width 32, MoEs in every second block', Whole(32, 12, 0, ()), GATED, .016),
         'wide': Teacher('width 16, MoEs in every second block', Whole(16, 12, 0, ()), GATED, .016),
         'narrow': Teacher('width 16, FFNs as wide, MoEs in all blocks', Whole(16, 12, 0, (), 1), ALL, .032),
     },
@@ -31,6 +35,7 @@ MORE: Dict[str, Flags] = {
     **{f'refit, {steps} steps': {'method': 'refit', 'refit-steps': steps} for steps in (300, 3000)},
     'prune': dict(method='prune')}
 BUDGETS = (5000, 1000, 25000)  # images of distillation
+EPOCHS = {1: ('large', 'wide', 'narrow'), 4: ('wide', 'narrow'), 12: ('narrow',)}  # on all images, by teacher
 UNLABELLED = (512, 125)  # images and epochs of distillation without labels
 
 
@@ -41,7 +46,7 @@ def runs(s: Setting) -> Iterator[List[Run]]:
     teachers = other if s.gpu else TEACHERS.get(s.name, other)
     cells = [(seed, key, teacher) for seed in range(s.seeds or 2) for key, teacher in teachers.items()]
 
-    def converted(methods: Dict[str, Flags]) -> List[Run]:
+    def converted(methods: Dict[str, Flags], cells: Sequence[Tuple[int, str, Teacher]]) -> List[Run]:
         return [
             Run(f'{key}-{method.replace(", ", "-").replace(" ", "-")}-{seed}',
                 {**s.converting(), 'calibration-images': 512, **flags},
@@ -51,12 +56,15 @@ def runs(s: Setting) -> Iterator[List[Run]]:
 
     yield [s.train_all(f'{key}-moe-{seed}', dict(kind='moe', teacher=key, seed=seed), teacher.model,
                        teacher.model.epochs, teacher.lr, **teacher.flags) for seed, key, teacher in cells]
-    yield converted(METHODS)
+    yield converted(METHODS, cells)
+    available = sum(map(len, classes_of(s.data / 'train.tar').values()))
     starts = {'aligned': 'aligned', 'refit': 'refit', 'refit, 1000 steps': 'refit-1000-steps'}
 
     def distilled(start: str, images: int, factor: float = 0.25, kind: str = 'distilled', epochs: int = 1,
-                  **extra) -> List[Run]:
-        part = subset(s.data / 'train.tar', images, s.work / f'{s.name}-{images}.tar')
+                  keys: Sequence[str] = tuple(teachers), **extra) -> List[Run]:
+        part = s.data / 'train.tar'
+        if images < available:
+            part = subset(part, images, s.work / f'{s.name}-{images}.tar')
         what = {} if factor == 0.25 else dict(factor=factor)
         name = f'{kind.replace("distilled", "distil")}-{images}-{starts[start]}' + f'-lr-{factor:g}' * bool(what)
         return [
@@ -68,16 +76,24 @@ def runs(s: Setting) -> Iterator[List[Run]]:
                     'initial-checkpoint': str(work / f'{key}-{starts[start]}-{seed}'),
                     'teacher': f'local-dir:{work / f"{key}-moe-{seed}" / "last"}', 'kd-temperature': 2.0,
                     'task-loss-weight': 0.5, **{name.replace('_', '-'): value for name, value in extra.items()}})
-            for seed, key, teacher in cells]
+            for seed, key, teacher in cells if key in keys]
 
-    for images in BUDGETS[:2]:
+    few, more = (tuple(images for images in part if images < available) for part in (BUDGETS[:2], BUDGETS[2:]))
+    for images in few:
         yield [run for start in starts for run in distilled(start, images)]
+    for epochs, keys in EPOCHS.items():
+        for start in ('refit, 1000 steps', 'aligned'):
+            if epochs < 12 or start != 'aligned':
+                yield distilled(start, available * epochs, epochs=epochs, keys=keys)
     size, epochs = UNLABELLED
     yield distilled(
-        'refit, 1000 steps', size, kind='unlabelled', epochs=epochs, task_loss_weight=0., val_interval=epochs)
-    yield [run for factor in (1 / 16, 1.) for run in distilled('refit', BUDGETS[0], factor=factor)]
-    yield [run for start in starts for run in distilled(start, BUDGETS[2])]
-    yield converted(MORE)
+        'refit, 1000 steps', size, kind='unlabelled', epochs=epochs, keys=('narrow',), task_loss_weight=0.,
+        val_interval=epochs)
+    yield [run for images in few[:1] for factor in (1 / 16, 1.)
+           for run in distilled('refit', images, factor=factor, keys=('wide', 'narrow')) if run.labels['seed'] == 0]
+    for images in more:
+        yield [run for start in starts for run in distilled(start, images)]
+    yield converted(MORE, [cell for cell in cells if cell[0] == 0])
 
 
 def tables(lines: Lines, name: str) -> str:
@@ -114,7 +130,45 @@ def tables(lines: Lines, name: str) -> str:
                                for factor, group in sorted(tried, key=lambda pair: pair[0]))
             parts += [wrap(f'From refit, {BUDGETS[0]:,} images, over the learning rate as a share of the teacher\'s: '
                            f'{scores}.'), '']
+    if figures(lines):
+        parts += [f'![top-1 over seconds of conversion and distillation](refit-{name}-seconds.png)', '']
     return '\n'.join([*parts, provenance(lines)])
+
+
+def figures(lines: Lines) -> Dict[str, Figure]:
+    """Top-1 over the seconds that conversion and distillation take, of one teacher.
+
+    Equal work takes equal time from any start, so a second of distillation is that of the fastest run, an image at a
+    time, and a conversion that of the fastest of its kind.
+    """
+    known = [key for key in ('large', 'wide') if select(lines, teacher=key)]
+    of = select(lines, teacher=known[0]) if known else []
+    times = {method: [line['conversion']['seconds'] for line in select(of, kind='gathered', method=method)
+                      if 'seconds' in line.get('conversion', {})] for method in unique(of, 'method')}
+    distilled = [line for line in select(of, kind='distilled') if 'factor' not in line['labels']]
+    if not times.get('refit') or not distilled:
+        return {}
+    image = min(line['last']['train_seconds'] / line['labels']['images'] for line in distilled)
+    figure = Figure(figsize=(6.4, 3.6), layout='constrained')
+    axis = figure.subplots()
+    for start, label in (('aligned', 'experts averaged (aligned), distilled'), ('refit', 'refit, distilled'),
+                         ('refit, 1000 steps', 'refit with 1,000 steps, distilled')):
+        spent = min(times.get(start) or [0.])  # not known of gatherings, which take no steps
+        points = [(spent, select(of, kind='gathered', method=start))] * bool(spent)
+        points += [(spent + image * images, select(distilled, start=start, images=images))
+                   for images in sorted(unique(select(distilled, start=start), 'images'))]
+        axis.plot(*zip(*((x, statistics.mean(line['test']['top1'] for line in group)) for x, group in points)),
+                  marker='o', markersize=4, label=label)
+    teacher = statistics.mean(line['test']['top1'] for line in select(of, kind='moe'))
+    axis.axhline(teacher, color='black', linestyle=':', linewidth=1)
+    axis.annotate('the MoE', (1, teacher), xycoords=('axes fraction', 'data'), xytext=(-4, 3),
+                  textcoords='offset points', ha='right', fontsize=8)
+    axis.set_xscale('log')
+    axis.set_ylim(0, 100)
+    axis.set_xlabel('seconds on one core, conversion and distillation')
+    axis.set_ylabel('test top-1, %')
+    axis.legend(loc='lower right', fontsize=8)
+    return {'seconds': figure}
 
 
 STUDY = Study(
@@ -122,6 +176,7 @@ STUDY = Study(
     cost='about 130 runs, 3 hours, most of it the teachers',
     runs=runs,
     tables=tables,
+    figures=figures,
     setup="""
 Conversions see 512 training images without labels unless it says otherwise; refit fits to seven eighths of them. "N
 steps": of Adam for each FFN, still without labels. The teachers have 8 experts, 2 a token, started as copies.
