@@ -1,12 +1,16 @@
 """What the documents say: links lead somewhere, and the page of results says what the tables say."""
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from accelerate import Accelerator
 
 import ewa
 from ewa.moe import moe_layers
+from ewa.options import convert_parser, train_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob('*.md'), *(path for folder in ('docs', 'benchmarks', 'examples', 'experiments')
@@ -79,3 +83,52 @@ def test_a_layer_of_ones_own_is_built_as_the_page_on_ewa_says():
     assert torch.equal(out, out[:, :1, :1].expand_as(out))
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(ewa.to_dense(model).eval()(images), model.eval()(images))
+
+
+def blocks(language):
+    return re.findall(rf'(?ms)^```{language}\n(.*?)^```$', (ROOT / 'README.md').read_text(encoding='utf-8'))
+
+
+def test_readme_is_short_and_its_commands_are_those_of_the_scripts():
+    assert len((ROOT / 'README.md').read_text(encoding='utf-8').split()) <= 1200
+    parsers = {'train.py': train_parser(), 'convert.py': convert_parser()}
+    seen = 0
+    for command in re.split(r'&&|\n', '\n'.join(blocks('bash')).replace('\\\n', ' ')):
+        words = shlex.split(command, comments=True)
+        if words[:1] == ['python'] and words[1] in parsers:
+            parsers[words[1]].parse_args(words[2:])
+            seen += 1
+    assert seen >= 4
+
+
+def test_python_of_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    create = timm.create_model
+
+    def small(name, pretrained=False, **kwargs):  # no hub
+        if name.startswith('local-dir:'):
+            return create(name, pretrained=pretrained, **kwargs)
+        return create('test_vit', img_size=160, **kwargs)
+
+    monkeypatch.setattr(timm, 'create_model', small)
+    torch.manual_seed(0)
+    code = blocks('python')
+    loop = next(block for block in code if 'for images, target in loader' in block)
+    loader = [(torch.randn(2, 3, 160, 160), torch.tensor([3, 5])) for _ in range(2)]
+    for block in [loop, *(block for block in code if block is not loop)]:
+        model = create('test_vit', num_classes=10)
+        if 'EWACallback' in block:
+            pytest.importorskip('lightning')
+        if 'to_moe' not in block:
+            ewa.to_moe(model)
+        optimizer = torch.optim.AdamW(model.parameters())
+        names = dict(
+            ewa=ewa, timm=timm, torch=torch, model=model, module=model, loader=loader, optimizer=optimizer,
+            accelerator=Accelerator(cpu=True))
+        if 'import torch' not in block and 'to_moe(model' in block:
+            before, after = block.split('\n', 1)  # what stands between the lines of the plugin
+            exec(before, names)
+            names['optimizer'] = torch.optim.AdamW(model.parameters())
+            block = after
+        folder = 'my_vit' if block is loop or 'local-dir' in block else 'other'
+        exec(re.sub("(?<=local-dir:)vit|my_vit", folder, block), names)
