@@ -115,7 +115,7 @@ def test_python_of_readme_runs(tmp_path, monkeypatch):
     code = blocks('python')
     loop = next(block for block in code if 'for images, target in loader' in block)
     loader = [(torch.randn(2, 3, 160, 160), torch.tensor([3, 5])) for _ in range(2)]
-    for block in [loop, *(block for block in code if block is not loop)]:
+    for number, block in enumerate([loop, *(block for block in code if block is not loop)]):
         model = create('test_vit', num_classes=10)
         if 'EWACallback' in block:
             pytest.importorskip('lightning')
@@ -125,10 +125,10 @@ def test_python_of_readme_runs(tmp_path, monkeypatch):
         names = dict(
             ewa=ewa, timm=timm, torch=torch, model=model, module=model, loader=loader, optimizer=optimizer,
             accelerator=Accelerator(cpu=True))
-        if 'import torch' not in block and 'to_moe(model' in block:
+        if block is not loop and 'to_moe(model' in block:
             before, after = block.split('\n', 1)  # what stands between the lines of the plugin
             exec(before, names)
             names['optimizer'] = torch.optim.AdamW(model.parameters())
             block = after
-        folder = 'my_vit' if block is loop or 'local-dir' in block else 'other'
-        exec(re.sub("(?<=local-dir:)vit|my_vit", folder, block), names)
+        folder = 'my_vit' if block is loop or 'local-dir' in block else f'other{number}'
+        exec(re.sub('(?<=local-dir:)vit|my_vit', folder, block), names)
