@@ -176,7 +176,8 @@ def test_a_gated_model_is_gathered_and_distilled_on_the_sample(tmp_path, capsys)
     assert scores[best] == max(scores.values())
     config = config_of(tmp_path / 'gathered')
     assert config['ewa']['method'] == best.split(',')[0] and config['architecture'] == 'vit_tiny_patch16_224'
-    assert {path.name for path in (tmp_path / 'report').iterdir()} == {'report.md', 'similarity.png', 'usage.png'}
+    assert {path.name for path in (tmp_path / 'report').iterdir()} == {
+        'report.html', 'report.md', 'similarity.png', 'usage.png', 'error.png'}
 
     reset()
     train.main(['--model', f'local-dir:{tmp_path / "gathered"}', *common, '--teacher', f'local-dir:{moe}',
