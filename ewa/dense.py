@@ -200,7 +200,7 @@ def refit_layers(
         batches: Iterable,
         k: Optional[int] = None,
         steps: int = 0,
-        ridge: float = 1e-8,
+        ridge: float = 1e-4,
 ) -> Tuple[Dict[str, nn.Module], Dict[str, Any]]:
     """One FFN for each gated layer by `ewa.refit`, in the order in which the model calls them.
 

@@ -102,7 +102,7 @@ def check_tokens(tokens: int, hidden: int, ridge: float) -> None:
         ValueError: A ridge that is negative or not finite; with ridge 0, fewer tokens than unknowns.
     """
     if not 0 <= ridge < float('inf'):
-        raise ValueError(f'ridge must be finite and >= 0, got {ridge}; 1e-8 is the default.')
+        raise ValueError(f'ridge must be finite and >= 0, got {ridge}; 1e-4 is the default.')
     unknowns = hidden + 1
     if ridge == 0 and tokens < unknowns:
         raise ValueError(
@@ -111,7 +111,7 @@ def check_tokens(tokens: int, hidden: int, ridge: float) -> None:
     if tokens < 10 * unknowns:
         warnings.warn(
             f'{tokens} calibration tokens for {unknowns} unknowns an output: with fewer than {10 * unknowns} the fit '
-            f'may not hold on other images; give more images, or a larger ridge.', stacklevel=2)
+            f'may not hold on other images; give more.', stacklevel=2)
 
 
 def preselect(contributions: Sequence[Tensor], limit: int, least: int, whole: int = 0) -> Tensor:
@@ -208,7 +208,7 @@ def choose_and_solve(
         targets: Tensor,
         weights: Tensor,
         hidden: int,
-        ridge: float = 1e-8,
+        ridge: float = 1e-4,
         bias: bool = True,
 ) -> Tuple[List[int], Tensor, Optional[Tensor]]:
     """The `H` hidden units to keep, and the matrix and the bias behind them.

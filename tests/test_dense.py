@@ -464,7 +464,7 @@ def test_refit_of_copies_is_the_gated_model(tiny, images, name, change):
     model = gated(tiny(name), renormalise=True)
     for _, layer in moe_layers(model):
         make_equal(layer, change)
-    vit = ewa.to_dense(model, 'refit', many_images())
+    vit = ewa.to_dense(model, 'refit', many_images(), ridge=1e-8)
     torch.testing.assert_close(vit(images), model(images), rtol=1e-5, atol=1e-5)
     assert max(errors_of(vit)) < 1e-5
 
@@ -477,7 +477,7 @@ def test_refit_at_constant_gates_is_the_model(tiny, images, num_shared, name, pi
     model = zero_router(gated(
         tiny(name, depth=2), layers='all', num_experts=6, top_k=6, num_shared=num_shared, expert_ratio=1 / pieces,
         renormalise=renormalise))
-    vit = ewa.to_dense(model, 'refit', many_images(60), k=6).eval()
+    vit = ewa.to_dense(model, 'refit', many_images(60), k=6, ridge=1e-8).eval()
     torch.testing.assert_close(vit(images), model(images), rtol=1e-5, atol=1e-5)
 
 
@@ -586,7 +586,7 @@ def test_refit_of_layers_that_are_not_ours(shared):
     model = foreign(shared=shared)
     for expert in model.moe.experts[1:]:
         expert.load_state_dict(model.moe.experts[0].state_dict())
-    vit = ewa.to_dense(model, 'refit', many_sequences(), k=1 if shared else None)
+    vit = ewa.to_dense(model, 'refit', many_sequences(), k=1 if shared else None, ridge=1e-8)
     assert type(vit.moe) is Mlp and vit.moe.fc1.out_features == 12 * (1 + shared)
     x = sequences()[0]
     torch.testing.assert_close(vit(x), model(x), rtol=1e-5, atol=1e-5)
