@@ -4,6 +4,7 @@
     python train.py --model vit_small_ewa --data-dir imagenet                    # one device
     torchrun --nproc_per_node 8 train.py --model vit_small_ewa --data-dir imagenet --amp --amp-dtype bfloat16
     accelerate launch --num_machines 2 --num_processes 16 train.py -c configs/imagenet_vit_small_ewa.yaml
+    accelerate launch --num_processes 8 --use_fsdp --fsdp_version 2 train.py --model vit_small_ewa --data-dir imagenet
 
 Writes under OUTPUT/EXPERIMENT: args.yaml, summary.csv, TensorBoard events, checkpoints/, and the model
 folders last/ and best/. These hold the MoE; `python convert.py OUTPUT/EXPERIMENT/best --output DIR` makes the plain
@@ -14,7 +15,10 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import sys
+import time
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +27,7 @@ from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DataLoaderConfiguration, broadcast_object_list
+from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast_object_list
 from timm.data import Mixup
 from timm.loss import create_classification_loss
 from timm.models import model_parameters
@@ -61,6 +65,7 @@ from ewa.foreign import foreign
 from ewa.logbook import Logbook, say
 from ewa.moe import is_random, moe_layers, pulled
 from ewa.options import check_together, train_parser
+from ewa.sharded import full_state, is_sharded, load_full_state, shard_alike, shard_by_blocks
 from ewa.sources import build_model, load_teacher
 
 
@@ -87,6 +92,7 @@ class Run:
         teacher: To distil from.
         task: Distillation in the place of `criterion`, once everything is on its device.
         ema: Moving average of the weights.
+        whole: Of a model that is sharded, the main process's copy in one piece, see `whole_model`.
     """
     args: argparse.Namespace
     plain_model: nn.Module
@@ -106,6 +112,7 @@ class Run:
     teacher: Optional[nn.Module] = None
     task: Optional[LogitDistillationTask] = None
     ema: Optional[ModelEmaV3] = None
+    whole: Optional[nn.Module] = None
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -131,6 +138,25 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     if ':' in (args.device or ''):
         raise ValueError(f'--device {args.device}: which one is chosen by CUDA_VISIBLE_DEVICES or accelerate launch.')
     return accelerator
+
+
+def check_launch(accelerator: Accelerator, args: argparse.Namespace) -> None:
+    """Refuse what accelerate was asked for and this script can't do.
+
+    Raises:
+        ValueError: FSDP of version 1 or on CPUs, DeepSpeed, Megatron-LM; with FSDP clipping by anything but the norm.
+    """
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError('FSDP of version 1 is not served: add --fsdp_version 2 to accelerate launch.')
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(f'{kind.value} is not served: launch with torchrun, or with accelerate launch --use_fsdp '
+                         f'--fsdp_version 2.')
+    asked = os.environ.get('ACCELERATE_USE_FSDP', '').lower() == 'true'
+    if asked and kind != DistributedType.FSDP and accelerator.num_processes > 1:
+        raise ValueError(f'accelerate does not shard on {accelerator.device.type}: launch without --use_fsdp.')
+    if kind == DistributedType.FSDP and args.clip_grad is not None and args.clip_mode != 'norm':
+        raise ValueError(f'--clip-mode {args.clip_mode}: gradients that are sharded can be clipped by their norm only.')
 
 
 def make_optimizer(model: nn.Module, args: argparse.Namespace, images: int, create: Callable) -> Optimizer:
@@ -240,10 +266,10 @@ def build(
     if args.torchcompile:
         with foreign(f'--torchcompile {args.torchcompile} --torchcompile-mode {args.torchcompile_mode}'):
             called = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
-    state = ckpt.start(model, args, names, data_config, num_processes)
+    state = ckpt.start(model, args, names, data_config, num_processes, length.updates)
     state.averager = averager.state_dict() if averager is not None else None
     if resume_from is not None:
-        state = ckpt.resume(resume_from, state)
+        state = ckpt.resume(resume_from, state, isinstance(train_set, IterableDataset))
     return Run(
         args, model, called, optimizer, scheduler, averager, criterion, mixup, train_batches, val_batches, length,
         epochs, state, resume_from, flops_per_image, teacher)
@@ -256,26 +282,51 @@ def prepare(run: Run, accelerator: Accelerator) -> None:
         ValueError: The checkpoint can't be read.
     """
     args, state = run.args, run.state
+    if accelerator.is_fsdp2:  # shards can't be copied
+        shard_by_blocks(accelerator, run.plain_model)
+        run.whole = deepcopy(run.plain_model) if accelerator.is_main_process else None
+        run.ema = make_ema(run)
     run.model, run.optimizer = accelerator.prepare(run.model, run.optimizer)
+    if run.ema is not None:
+        shard_alike(run.ema.module, accelerator)
+    else:
+        run.ema = make_ema(run)
     if not isinstance(run.train_batches.dataset, IterableDataset):  # timm's split themselves among processes
         run.train_batches, run.val_batches = accelerator.prepare(run.train_batches, run.val_batches)
     if run.teacher is not None:
         run.task = distillation_task(
             run.model, run.teacher.to(accelerator.device), run.criterion, args.kd_temperature,
             args.distill_loss_weight, args.task_loss_weight, accelerator.device)
-    if args.model_ema:
-        run.ema = ModelEmaV3(run.plain_model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
     if run.resume_from is not None:
-        ckpt.load_checkpoint(accelerator, run.resume_from)
+        ckpt.load_checkpoint(accelerator, run.resume_from, run.plain_model, run.optimizer)
         if run.averager is not None and state.averager is not None:
             run.averager.load_state_dict(state.averager)
         if run.ema is not None:
             with foreign(f'The EMA weights of {run.resume_from} do not fit'):
-                run.ema.module.load_state_dict(ckpt.load_ema(run.resume_from))
+                load_full_state(run.ema.module, ckpt.load_ema(run.resume_from))
     if args.sched_on_updates:
         run.scheduler.step_update(state.update)
     else:
         run.scheduler.step(state.epoch)
+
+
+def make_ema(run: Run) -> Optional[ModelEmaV3]:
+    """The moving average of the weights; None if it was not asked for."""
+    args = run.args
+    if not args.model_ema:
+        return None
+    return ModelEmaV3(run.plain_model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+
+
+def whole_model(run: Run) -> nn.Module:
+    """The model with all its weights; of a sharded one a copy on the CPU. Called on all processes, for the main one."""
+    if not is_sharded(run.plain_model):
+        return run.plain_model
+    state = full_state(run.plain_model)
+    if run.whole is None:  # another process
+        return run.plain_model
+    run.whole.load_state_dict(state)
+    return run.whole
 
 
 # updates from one look at whether another process was interrupted to the next; of a single process each
@@ -286,7 +337,7 @@ def save(run: Run, state: ckpt.RunState, accelerator: Accelerator, experiment: P
     """Write a checkpoint of a run, which then stands at `state`."""
     if run.averager is not None:
         state.averager = run.averager.state_dict()
-    ema = run.ema.module.state_dict() if run.ema is not None else None
+    ema = full_state(run.ema.module) if run.ema is not None else None
     ckpt.save_checkpoint(accelerator, experiment, state, ema, run.args.checkpoint_hist)
 
 
@@ -331,8 +382,8 @@ def introduction(run: Run, accelerator: Accelerator) -> str:
     return (
         f'{args.model}: {sum(p.numel() for p in run.plain_model.parameters()) / 1e6:.2f} M parameters, {experts}. '
         f'{counts[0]} training and {counts[1]} validation images of {args.num_classes} classes. '
-        f'{accelerator.num_processes} x {device_name}, {run.epochs} epochs of {run.length.updates} updates, learning '
-        f'rate {args.lr:.3g}.')
+        f'{accelerator.num_processes} x {device_name}{", sharded" * accelerator.is_fsdp2}, {run.epochs} epochs of '
+        f'{run.length.updates} updates, learning rate {args.lr:.3g}.')
 
 
 def clip_gradients(run: Run, accelerator: Accelerator) -> None:
@@ -461,6 +512,7 @@ def main(
     experiment = Path(args.output) / broadcast_object_list([name])[0]  # clocks of machines differ
 
     try:
+        check_launch(accelerator, args)
         resume_from = ckpt.resume_point(experiment, args.resume, named=bool(args.experiment))
         run = build(args, accelerator.num_processes, resume_from, open_dataset, create_optimizer, share_rate)
         state = run.state
@@ -478,6 +530,7 @@ def main(
     except (ValueError, OSError) as e:
         if accelerator.is_main_process:
             parser.error(str(e))
+        time.sleep(3)  # a launcher ends all processes as soon as one has ended: the main one speaks first
         sys.exit(2)
 
     book.say(f'{introduction(run, accelerator)} Writing {experiment}')
@@ -497,8 +550,8 @@ def main(
             state.provenance = dict(updates=state.update, epochs=state.epoch, seed=args.seed, **metrics)
             if run.averager is not None:
                 state.provenance.update(share_rate=args.share_rate, share_schedule=args.share_schedule)
-            ema = run.ema.module.state_dict() if run.ema is not None else None
-            book.end_epoch(run.plain_model, state, metrics, improved, sample, run.optimizer, ema)
+            ema = full_state(run.ema.module) if run.ema is not None else None
+            book.end_epoch(whole_model(run), state, metrics, improved, sample, run.optimizer, ema)
             save(run, state, accelerator, experiment)
             if state.epoch < run.epochs and interrupt.asked(accelerator):
                 end(state.update, book, interrupt)

@@ -23,6 +23,7 @@ RUNS: Dict[str, Dict[str, List[str]]] = {
         'pull': ['', '--form mean --model vit_small_patch16_224'],
         'partition': ['', '--width 64 --images 100 --tokens 17 --rounds 40'],
         'memory': [''],
+        'processes': [''],
         'convert': [''],
         'refit': ['--images 128 --threads 2'],
         'end_to_end': [''],

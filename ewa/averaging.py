@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .moe import MoELayer, are_alike, check_plain, moe_layers, pulled
-from .pull import max_share_rate, pull_
+from .pull import local, max_share_rate, pull_
 
 SCHEDULES = ('constant', 'linear', 'cosine')
 RatePolicy = Callable[[MoELayer, int], float]  # (layer, t) -> share rate of that layer at pull t
@@ -102,6 +102,20 @@ def runs_hooks(optimizer: Optimizer) -> bool:
     return initialised and hooked and not hasattr(optimizer, 'second_step')  # SAM's steps have other names
 
 
+@torch.no_grad()
+def _only_makes_state(optimizer: Optimizer) -> bool:
+    """Whether a step is the one with which torch's distributed checkpoints make an optimizer have a state.
+
+    Saving and loading a state that is empty steps once without learning rate or gradients. A pull after it would change
+    weights that were just loaded.
+    """
+    groups = optimizer.param_groups
+    if not all('lr' in group and float(group['lr']) == 0 for group in groups):
+        return False
+    gradients = [p.grad for group in groups for p in group['params'] if p.requires_grad]
+    return all(gradient is not None and not bool(local(gradient).any()) for gradient in gradients)
+
+
 class ExpertAverager:
     """Pulls the experts of every MoE layer of a model toward their mean (Experts Weights Averaging).
 
@@ -111,7 +125,8 @@ class ExpertAverager:
 
     The mean stays, each deviation from it shrinks by `1 - r*E/(E-1)` (`ewa.pull`). Parameters are changed in place;
     nothing but the trainable parameters of `layer.experts`, or of the deviations of a layer in mean form, is touched.
-    Gated MoE layers are pulled too; their routers and shared experts are not.
+    Gated MoE layers are pulled too; their routers and shared experts are not. Parameters may be replicated (DDP) or
+    sharded (FSDP2): every process pulls what it holds, without communication.
 
     bfloat16 and float16 parameters are computed in float32 and rounded stochastically, so that a small share rate
     does not round away; the random bits depend only on `t`, so all replicas of a model stay equal.
@@ -204,7 +219,8 @@ class ExpertAverager:
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
         """Pull after every real step of an optimizer, from now on until `handle.remove()`.
 
-        Steps skipped for gradient accumulation or by a loss scaler are not counted. A class whose step() calls its
+        Steps skipped for gradient accumulation or by a loss scaler, and those by which torch's distributed checkpoints
+        make the state of an optimizer, are not counted. A class whose step() calls its
         parent's is pulled once, after the parent's. Of an `AcceleratedOptimizer` the optimizer inside is used. The hook
         is part of neither `optimizer.state_dict()` nor a `deepcopy`: attach again after either.
 
@@ -250,7 +266,7 @@ class ExpertAverager:
         return self._handle is not None and self._handle.id in (self._handle.hooks_dict_ref() or {})
 
     def _before_step(self, optimizer: Optimizer, args, kwargs) -> None:
-        self._stepping = True
+        self._stepping = not _only_makes_state(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args, kwargs) -> None:
         # where a class's step() calls that of its parent, torch runs the hooks of both
@@ -268,10 +284,11 @@ class ExpertAverager:
         """Say it where an optimizer keeps weights of its own, from which it would undo the pull."""
         for name, layer in moe_layers(self.model):
             for parameter in pulled(layer)[0].parameters():
+                weights = local(parameter)
                 for key, value in optimizer.state.get(parameter, {}).items():
-                    if not isinstance(value, Tensor) or value.shape != parameter.shape or not parameter.any():
+                    if not isinstance(value, Tensor) or value.shape != parameter.shape or not weights.any():
                         continue
-                    if (value - parameter).norm() < 0.5 * parameter.norm():
+                    if (local(value) - weights).norm() < 0.5 * weights.norm():
                         warnings.warn(
                             f'{type(optimizer).__name__} keeps a copy of the weights of {name} (its state {key!r}): it '
                             f'may undo what the averager pulls. Use an optimizer without weights of its own.',

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .exporting import clean_up, replace_folder
 from .foreign import foreign
+from .sharded import SHARDS, is_sharded, load_shards
 
 if TYPE_CHECKING:  # models are read from checkpoints also where nobody trains
     from accelerate import Accelerator
@@ -36,7 +37,8 @@ _NAME = re.compile(r'update-(\d{8,})')
 # flags that a run can't change on its way: what they make is part of a checkpoint
 FLAGS = ('opt', 'weight_decay', 'layer_decay', 'model_ema', 'torchcompile', 'eval_metric')
 # what decides which images an update sees: with another value the rest of a run would be that of no run
-STREAM = ('seed', 'batch_size', 'grad_accum_steps', 'processes', 'dataset', 'train_split', 'class_map')
+STREAM = ('seed', 'dataset', 'train_split', 'class_map', 'updates_per_epoch')
+PARTS = ('batch_size', 'grad_accum_steps', 'processes')  # their product is the images of an update
 # flags that may be others when a run goes on, and need no word
 FREE = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'log_with', 'val_interval',
         'checkpoint_hist', 'recovery_interval', 'validation_batch_size', 'teacher_top1', 'dense_top1', 'data_dir',
@@ -129,16 +131,25 @@ def start(
         class_names: Optional[List[str]],
         data_config: Dict[str, Any],
         processes: int = 1,
+        updates_per_epoch: int = 1,
 ) -> RunState:
     """The state of a run that has not begun."""
     settings = {key: value for key, value in vars(args).items() if key not in FREE and key not in FLAGS}
+    settings.update(processes=processes, updates_per_epoch=updates_per_epoch)
     return RunState(
         describe(model), {key: vars(args)[key] for key in FLAGS}, class_names, data_config,
-        settings=json.loads(json.dumps(dict(settings, processes=processes), default=str)))
+        settings=json.loads(json.dumps(settings, default=str)))
 
 
-def resume(checkpoint: Path, fresh: RunState) -> RunState:
+def resume(checkpoint: Path, fresh: RunState, iterable: bool = False) -> RunState:
     """The state of a checkpoint, which must be one of the run that would begin with `fresh`.
+
+    The images of an update may be shared by other numbers of processes and of micro-batches than before.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        fresh: What `start` gives.
+        iterable: Whether the order of the images depends on the number of processes.
 
     Raises:
         ValueError: It was made by another model or with other `FLAGS`, or it can't be read.
@@ -156,12 +167,20 @@ def resume(checkpoint: Path, fresh: RunState) -> RunState:
             f'{checkpoint} was trained with --{key.replace("_", "-")} {state.flags[key]}, here it is '
             f'{fresh.flags[key]}.')
     changed = changes(state.settings, fresh.settings)
-    key = next((key for key in STREAM if key in changed), None)
-    if key is not None:
-        old, new = changed[key]
+    told = {key: f'{key.replace("_", " ")} {old}, here it is {new}' for key, (old, new) in changed.items()}
+    wrong = next((told[key] for key in (*STREAM, *PARTS * iterable) if key in told), None)
+    parts = [[settings.get(key, 1) for key in PARTS] for settings in (state.settings, fresh.settings)]
+    before, now = map(math.prod, parts)
+    if before != now and not set(PARTS).isdisjoint(told):
+        wrong = (f'{before} images an update ({", ".join(f"{key} {n}" for key, n in zip(PARTS, parts[0]))}), here it '
+                 f'is {now}')
+    if wrong is not None:
         raise ValueError(
-            f'{checkpoint} was trained with {key.replace("_", " ")} {old}, here it is {new}: the rest would be trained '
-            f'on other images. Give the same, or start anew with --initial-checkpoint.')
+            f'{checkpoint} was trained with {wrong}: the rest would be trained on other images. Give the same, or '
+            f'start anew with --initial-checkpoint.')
+    if state.batch:  # micro-batches of another size are of another number
+        scale = parts[0][0] * parts[0][2] / (parts[1][0] * parts[1][2])
+        state.batch, state.loss_sum = round(state.batch * scale), state.loss_sum * scale
     state.settings = fresh.settings
     if (state.averager is None) != (fresh.averager is None):
         raise ValueError(f'{checkpoint} can\'t be resumed: its state.json and its model disagree on having experts.')
@@ -177,6 +196,7 @@ def resumption(checkpoint: Path, state: RunState) -> str:
     """Where a run goes on, and which of its flags are others than before, in words."""
     changed = changes(read_state(checkpoint).settings, state.settings)
     told = ''.join(f' --{key.replace("_", "-")} is {new} now, it was {old}.' for key, (old, new) in changed.items())
+    told = told.replace('--processes is', 'The number of processes is')
     return f'Resuming from {checkpoint}, epoch {state.epoch}{f", batch {state.batch}" * bool(state.batch)}.{told}'
 
 
@@ -286,14 +306,28 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+def load_checkpoint(
+        accelerator: Accelerator, checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load model, optimizer and loss scaler into what an accelerator has prepared.
 
+    Args:
+        accelerator: Has prepared them.
+        checkpoint: Of a run with sharded parameters or without; if these are sharded, of one with them.
+        model: Without wrappers.
+        optimizer: Of its parameters.
+
     Raises:
-        ValueError: A file is missing, damaged or of another run.
+        ValueError: A file is missing, damaged or of another run, or parameters were not sharded and are now.
     """
+    were_sharded = (checkpoint / SHARDS).is_dir()
+    if is_sharded(model) and not were_sharded:
+        raise ValueError(
+            f'{checkpoint} was saved without FSDP2: go on without it, or start anew with --initial-checkpoint.')
     with foreign(f'{checkpoint} can\'t be resumed, remove it to go on from the one before'):
-        accelerator.load_state(str(checkpoint))
+        if were_sharded and not is_sharded(model):
+            load_shards(model, getattr(optimizer, 'optimizer', optimizer), checkpoint)
+        else:
+            accelerator.load_state(str(checkpoint))
 
 
 def load_ema(checkpoint: Path) -> Dict[str, Tensor]:

@@ -20,19 +20,27 @@ def max_share_rate(num_experts: int) -> float:
     return (num_experts - 1) / num_experts
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its shard of a DTensor, in the same storage; else the tensor itself."""
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+
+
 @torch.no_grad()
 def pull_(experts: Sequence[Sequence[Tensor]], share_rate: float, seed: int) -> None:
     """Pull experts toward their mean, in place.
 
     bfloat16 and float16 tensors are computed in float32 and rounded stochastically, so that a small share rate does not
-    round away. Equal experts stay equal to the bit.
+    round away. Equal experts stay equal to the bit. Of sharded tensors (DTensor) each process pulls its own shards: no
+    communication.
 
     Args:
-        experts: `E >= 2` lists of tensors; the n-th tensors of all experts are of one shape, dtype and device.
+        experts: `E >= 2` lists of tensors; the n-th tensors of all experts are of one shape, dtype and device, and
+            sharded alike.
         share_rate: `r`, 0 to `(E-1)/E`.
         seed: Of the random bits of the rounding. Replicas that give the same one stay equal.
     """
     weight = min(1., share_rate * len(experts) / (len(experts) - 1))
+    experts = [[local(tensor) for tensor in tensors] for tensors in experts]
     half = [i for i, tensor in enumerate(experts[0]) if tensor.dtype in (torch.bfloat16, torch.float16)]
     full = [i for i, tensor in enumerate(experts[0]) if tensor.dtype not in (torch.bfloat16, torch.float16)]
     if full:

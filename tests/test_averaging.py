@@ -1,13 +1,11 @@
 import json
 import math
-import os
 import warnings
 from copy import deepcopy
 
 import pytest
 import timm.optim
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from sklearn.datasets import load_digits
@@ -15,9 +13,6 @@ from timm.layers import Mlp
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 import ewa
 import reference
@@ -620,43 +615,6 @@ def test_steps_skipped_by_the_loss_scaler_are_not_pulled(fused):
         changed = [not torch.equal(p, before[name]) for name, p in layer.named_parameters()]
         assert not any(changed) if step in (0, 3) else all(changed)
     assert pulls == [0, 1, 2, 2, 3, 4]
-
-
-def train_on_two_processes(rank, folder):
-    """Three steps on this process's half of each batch, with replicated and with sharded parameters, in either form."""
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', f'file://{folder}/rendezvous', rank=rank, world_size=2)
-    mesh = init_device_mesh('cpu', (2,))
-    for form in ('experts', 'mean'):
-        states = []
-        for sharded in (False, True):
-            torch.manual_seed(0)
-            blocks = nn.Sequential(*(nn.Sequential(nn.LayerNorm(8), Mlp(8, 16)) for _ in range(2)))
-            model = ewa.to_moe(blocks, layers='.', form=form, init='independent').train()
-            wrapped = model if sharded else nn.parallel.DistributedDataParallel(model)
-            if sharded:
-                for module in (*model, model):
-                    fully_shard(module, mesh=mesh)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=.01, eps=1e-4)
-            ewa.ExpertAverager(model, .3).attach(optimizer)
-            for step in range(3):
-                x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))[rank::2]
-                torch.manual_seed(10 * step + rank)
-                wrapped(x).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            states.append(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
-        if rank == 0:
-            assert list(states[0]) == list(states[1])
-            assert sum('.deviations.3.' in key for key in states[0]) == (8 if form == 'mean' else 0)
-            for key, value in states[0].items():
-                torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-6)
-    dist.barrier()
-    os._exit(0)  # torch's threads of sharded modules now and then abort an orderly end
-
-
-def test_sharded_parameters_train_and_are_pulled_as_replicated_ones(tmp_path):
-    torch.multiprocessing.spawn(train_on_two_processes, (str(tmp_path),), nprocs=2)
 
 
 class TestHalfPrecision:
