@@ -38,6 +38,7 @@ RUNS: Dict[str, Dict[str, List[str]]] = {
         'pull': ['--rounds 50', '--rounds 50 --layers all --experts 16', '--rounds 50 --form mean'],
         'partition': ['--images 256 --rounds 50', '--images 256 --rounds 50 --compile'],
         'memory': ['--batch-size 64'],
+        'processes': [],
         'convert': [''],
         'refit': ['', '--model vit_base_patch16_224'],
         'end_to_end': ['--model vit_small_patch16_224 --batch-size 128 --images 5120 --workers 12'],
@@ -62,7 +63,7 @@ def main() -> None:
     args = parser.parse_args()
     path = ROOT / 'benchmarks' / f'results-{DEVICE.type}.md'
     found = sections(path)
-    for script in args.only:
+    for script in filter(runs.get, args.only):
         more = f' --timm-train {args.timm_train}' if args.timm_train and script == 'end_to_end' else ''
         started, found[script] = time.time(), '\n'
         for flags in runs[script]:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.processes
 
-With `P` bytes of parameters (those of all experts included), `B` of the largest block and `A` of activations: one process
-takes `A + 4P` (parameter, gradient, two moments of AdamW), DDP `A + 5P` (a copy of the gradients is what is sent), FSDP2
-on `n` processes `A + 4P/n + 4B` (parameters and gradients of a block, and of the one that is fetched ahead). `A` is what
-the dense model takes in one process beyond `4P`. All processes are on this machine (gloo); each has one CPU thread.
+With `P` bytes of parameters (those of all experts included), `B` of the largest block and `A` of activations: one
+process takes `A + 4P` (parameter, gradient, two moments of AdamW), DDP `A + 5P` (a copy of the gradients is what is
+sent), FSDP2 on `n` processes `A + 4P/n + 4B` (parameters and gradients of a block, and of the one that is fetched
+ahead). `A` is what the dense model takes in one process beyond `4P`. All processes are on this machine (gloo); each
+has one CPU thread.
 """
 import os
 import tempfile
@@ -70,6 +71,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument('--model', default='vit_small_patch16_224')
     parser.add_argument('--batch-size', type=int, default=8, help='of each process')
+    parser.add_argument('--forms', nargs='*', default=['experts', 'mean'], choices=('experts', 'mean'))
     parser.add_argument('--one', nargs=3, metavar=('WAY', 'E', 'FORM'), help='measure this variant')
     args = parser.parse_args()
     if args.one:
@@ -84,7 +86,7 @@ def main() -> None:
 
     rows = []
     activations = 0
-    for experts, form in ((1, 'experts'), (4, 'experts'), (4, 'mean')):
+    for experts, form in ((1, 'experts'), *((4, form) for form in args.forms)):
         for way, count in WAYS.items():
             line = in_process(
                 'processes', '--model', args.model, '--batch-size', args.batch_size, '--one', way, experts, form)

@@ -15,6 +15,7 @@ TINY = {
     'pull': '--model small --experts 2 --rounds 1',
     'partition': '--width 16 --images 4 --tokens 5 --rounds 1',
     'memory': '--model small --batch-size 2 --experts 2 --layers all --forms mean',
+    'processes': '--model small --batch-size 2 --forms',
     'convert': '--model small --experts 2',
     'refit': '--model test_vit --images 32 --experts 2',
     'end_to_end': '--model test_vit --images 20 --batch-size 10 --workers 0 --rounds 1',

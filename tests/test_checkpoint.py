@@ -83,7 +83,7 @@ def test_what_is_saved_is_found_and_read_again(prepared, tmp_path):
     before = [p.clone() for p in model.parameters()]
     step(model, optimizer)
     after = [p.clone() for p in model.parameters()]
-    load_checkpoint(accelerator, found)
+    load_checkpoint(accelerator, found, model, optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     step(model, optimizer)  # with the moments of the checkpoint
     assert all(torch.equal(a, b) for a, b in zip(after, model.parameters()))
@@ -241,10 +241,10 @@ def test_damaged_tensors_are_one_line(prepared, checkpoint, file, content):
     else:
         (path / file).write_bytes(content)
     if file == 'random_states_0.pkl':  # is not needed, see above; accelerate says what it thinks of that
-        load_checkpoint(prepared[0], path)
+        load_checkpoint(prepared[0], path, *prepared[1:])
         return
     with pytest.raises(ValueError, match="can't be resumed, remove it to go on from the one before: ") as e:
-        load_checkpoint(prepared[0], path)
+        load_checkpoint(prepared[0], path, *prepared[1:])
     assert str(path) in str(e.value) and '\n' not in str(e.value)
 
 
@@ -451,8 +451,9 @@ def test_a_finished_run_without_checkpoints_is_not_overwritten(trained, folder, 
 
 
 @pytest.mark.parametrize('flags, words', [
-    (['--seed', 7], 'trained with seed 42, here it is 7'), (['--batch-size', 8], 'batch size 16, here it is 8'),
-    (['--grad-accum-steps', 2], 'grad accum steps 1, here it is 2')])
+    (['--seed', 7], 'trained with seed 42, here it is 7'),
+    (['--batch-size', 8], '16 images an update (batch_size 16, grad_accum_steps 1, processes 1), here'),
+    (['--grad-accum-steps', 2], 'grad_accum_steps 1, processes 1), here it is 32')])
 def test_a_run_goes_on_with_its_own_stream_of_images(trained, folder, flags, words):
     code, lines = fails(run_train, '--data-dir', folder, '--output', trained.parent, '--experiment', trained.name,
                         '--resume', '--model-ema', '--epochs', 3, *flags)

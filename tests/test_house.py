@@ -59,7 +59,7 @@ def test_the_mathematics_imports_torch_alone():
 
 def test_accelerate_is_known_to_those_who_train():
     assert {room for room, tree in ROOMS.items() if any(m.split('.')[0] == 'accelerate' for m in imports(tree))} == {
-        'checkpoint', 'logbook'}
+        'checkpoint', 'logbook', 'sharded'}
 
 
 @pytest.mark.parametrize('path', python_files('ewa', 'experiments', 'benchmarks', 'examples', *SCRIPTS),
