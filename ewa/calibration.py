@@ -159,7 +159,7 @@ def sensitivities(model: nn.Module, batches: Iterable[Tensor]) -> Dict[str, List
     """How much the model's outputs move with the output of each MoE layer, token by token.
 
     `|J_t^T r|^2`, `J_t` the derivative of the model's outputs by the layer's output at token `t` and `r ~ N(0, I)`,
-    drawn by a generator of its own; one backward pass for every 16 images.
+    drawn by a generator of its own; one backward pass for every 8 images.
 
     Returns:
         Layer name to a tensor for each of the batches, (tokens,); zeros of a layer that the outputs do not depend on.
@@ -181,27 +181,38 @@ def sensitivities(model: nn.Module, batches: Iterable[Tensor]) -> Dict[str, List
 
     handles = [layer.register_forward_hook(partial(keep, name=name)) for name, layer in layers.items()]
     result: Dict[str, List[Tensor]] = {name: [] for name in layers}
+    trained = [p for p in model.parameters() if p.requires_grad]
     try:
+        for p in trained:  # else the graph keeps what only their gradients need
+            p.requires_grad_(False)
         for batch in batches:
             parts: Dict[str, List[Tensor]] = {name: [] for name in result}
             for images in batch.split(16):
-                with torch.no_grad():  # and back to what was before
-                    outputs = model(images.to(device))
-                    if not isinstance(outputs, Tensor):
-                        raise ValueError(
-                            f'refit weighs tokens by what they do to a tensor of outputs, and {type(model).__name__} '
-                            f'returns a {type(outputs).__name__}: wrap it so that it returns its logits.')
-                    draw = torch.randn(outputs.shape, generator=generator).to(outputs)
-                    gradients = (torch.autograd.grad((outputs * draw).sum(), list(kept.values()), allow_unused=True)
-                                 if outputs.requires_grad else [None] * len(kept))
-                for (name, output), gradient in zip(kept.items(), gradients):
-                    gradient = torch.zeros_like(output) if gradient is None else gradient
-                    tokens = to_tokens(gradient.detach(), takes_images(layers[name].experts[0]))
-                    parts[name].append(tokens.float().square().sum(1))
-                kept.clear()
+                draw = None
+                for half, some in enumerate(images.split(8)):  # a graph of 16 would be the most memory that refit takes
+                    with torch.no_grad():  # and back to what was before
+                        outputs = model(some.to(device))
+                        if not isinstance(outputs, Tensor):
+                            raise ValueError(
+                                f'refit weighs tokens by what they do to a tensor of outputs, and '
+                                f'{type(model).__name__} returns a {type(outputs).__name__}: wrap it so that it '
+                                f'returns its logits.')
+                        if draw is None:
+                            draw = torch.randn(len(images), *outputs.shape[1:], generator=generator).to(outputs)
+                        gradients = (
+                            torch.autograd.grad(
+                                (outputs * draw[8 * half:][:len(some)]).sum(), list(kept.values()), allow_unused=True)
+                            if outputs.requires_grad else [None] * len(kept))
+                    for (name, output), gradient in zip(kept.items(), gradients):
+                        gradient = torch.zeros_like(output) if gradient is None else gradient
+                        tokens = to_tokens(gradient.detach(), takes_images(layers[name].experts[0]))
+                        parts[name].append(tokens.float().square().sum(1))
+                    kept.clear()
             for name, values in parts.items():
                 result[name].append(torch.cat(values))
     finally:
+        for p in trained:
+            p.requires_grad_()
         for handle in handles:
             handle.remove()
     return result

@@ -235,7 +235,9 @@ def refit_layers(
         known = [sensitivities(model, part) for part in (fitted, held) if part]
         for name in order:
             layer = layers[name]
-            partly = deepcopy(model, {id(other): ffns.get(key, other) for key, other in layers.items()})
+            partly = deepcopy(model, {  # with the same tensors
+                **{id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]},
+                **{id(other): ffns.get(key, other) for key, other in layers.items()}})
             try:
                 hidden = _dense_hidden(layer, k)
                 limit = max(32768, 10 * (hidden + 1))
