@@ -9,7 +9,7 @@ values:
 
 which is `lerp(W_i, mean, r * E / (E-1))`: the mean stays, each deviation from it shrinks by `1 - r * E / (E-1)`.
 """
-from typing import Dict, List, Sequence
+from typing import Dict, Iterator, List, Sequence
 
 import torch
 from torch import Tensor
@@ -43,8 +43,8 @@ def pull_(experts: Sequence[Sequence[Tensor]], share_rate: float, seed: int) -> 
     experts = [[local(tensor) for tensor in tensors] for tensors in experts]
     half = [i for i, tensor in enumerate(experts[0]) if tensor.dtype in (torch.bfloat16, torch.float16)]
     full = [i for i, tensor in enumerate(experts[0]) if tensor.dtype not in (torch.bfloat16, torch.float16)]
-    if full:
-        _lerp_to_mean([[tensors[i] for i in full] for tensors in experts], weight)
+    for part in _in_goes([[tensors[i] for i in full] for tensors in experts]):
+        _lerp_to_mean(part, weight)
     generators: Dict[torch.device, torch.Generator] = {}
     for i in half:
         # one tensor at a time, to keep the float32 copies small
@@ -57,6 +57,27 @@ def pull_(experts: Sequence[Sequence[Tensor]], share_rate: float, seed: int) -> 
         noise = torch.rand(value.shape, device=value.device, generator=generators[value.device])
         for tensors, (value,) in zip(experts, stack):
             tensors[i].copy_(stochastic_round(value, tensors[i].dtype, noise))
+
+
+def _in_goes(experts: List[List[Tensor]]) -> Iterator[List[List[Tensor]]]:
+    """The elements of all experts in goes of about as many: what a go allocates does not grow with the model.
+
+    On a CPU a go stays in its caches, so that each weight comes from memory once.
+    """
+    go: List[List[Tensor]] = [[] for _ in experts]
+    count = 0
+    for tensors in zip(*experts):
+        limit = 2 ** 17 if tensors[0].device.type == 'cpu' else 2 ** 24
+        large = tensors[0].numel() > limit and all(tensor.is_contiguous() for tensor in tensors)
+        for pieces in zip(*(tensor.view(-1).split(limit) for tensor in tensors)) if large else (tensors,):
+            if count and count + pieces[0].numel() > limit:
+                yield go
+                go, count = [[] for _ in experts], 0
+            for part, piece in zip(go, pieces):
+                part.append(piece)
+            count += pieces[0].numel()
+    if count:
+        yield go
 
 
 def _lerp_to_mean(experts: List[List[Tensor]], weight: float) -> None:

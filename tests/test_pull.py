@@ -65,3 +65,31 @@ def test_representable_values_are_not_rounded(dtype):
     values = values.to(dtype)
     for noise in (torch.rand(values.shape), torch.full(values.shape, 1 - 2 ** -24), torch.zeros(values.shape)):
         assert torch.equal(stochastic_round(values.float(), dtype, noise), values)
+
+
+def test_large_and_strided_tensors_follow_the_equation_too():
+    torch.manual_seed(0)
+    shapes = ((2 ** 17 * 2 + 3,), (5,), (400, 500), (2 ** 17,), (7, 3))  # several goes each, one, and several in one
+    tensors = [[torch.randn(*shape) for shape in shapes] + [torch.randn(400, 500).t()] for _ in range(3)]
+    expected = reference.pull(tensors, .2)
+    pointers = [t.data_ptr() for t in tensors[1]]
+    pull_(tensors, .2, seed=0)
+    assert [t.data_ptr() for t in tensors[1]] == pointers
+    for got, want in zip(tensors, expected):
+        for tensor, value in zip(got, want):
+            torch.testing.assert_close(tensor.double(), value, atol=1e-6, rtol=0)
+
+
+def test_what_a_pull_allocates_does_not_grow_with_the_model():
+    def peak(layers):
+        tensors = [[torch.zeros(2 ** 18) for _ in range(layers)] for _ in range(2)]
+        with torch.profiler.profile(profile_memory=True) as profile:
+            pull_(tensors, .2, seed=0)
+        held = most = 0
+        for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == '[memory]'),
+                            key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            most = max(most, held)
+        return most
+
+    assert 0 < peak(8) <= 1.5 * peak(2)
