@@ -266,7 +266,10 @@ def build(
     if args.torchcompile:
         with foreign(f'--torchcompile {args.torchcompile} --torchcompile-mode {args.torchcompile_mode}'):
             called = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
-    state = ckpt.start(model, args, names, data_config, num_processes, length.updates)
+    counted = None if isinstance(train_set, IterableDataset) else len(train_set)
+    state = ckpt.start(
+        model, args, names, data_config, processes=num_processes, training_images=counted,
+        images_per_epoch=length.batches * args.batch_size * num_processes)
     state.averager = averager.state_dict() if averager is not None else None
     if resume_from is not None:
         state = ckpt.resume(resume_from, state, isinstance(train_set, IterableDataset))

@@ -17,7 +17,9 @@ import re
 import shutil
 import signal
 import threading
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Union, get_args, get_origin, get_type_hints
 
@@ -37,17 +39,18 @@ _NAME = re.compile(r'update-(\d{8,})')
 # flags that a run can't change on its way: what they make is part of a checkpoint
 FLAGS = ('opt', 'weight_decay', 'layer_decay', 'model_ema', 'torchcompile', 'eval_metric')
 # what decides which images an update sees: with another value the rest of a run would be that of no run
-STREAM = ('seed', 'dataset', 'train_split', 'class_map', 'updates_per_epoch')
+STREAM = ('seed', 'dataset', 'train_split', 'class_map', 'training_images', 'images_per_epoch')
 PARTS = ('batch_size', 'grad_accum_steps', 'processes')  # their product is the images of an update
 # flags that may be others when a run goes on, and need no word
 FREE = ('config', 'resume', 'output', 'experiment', 'workers', 'pin_mem', 'log_interval', 'log_with', 'val_interval',
         'checkpoint_hist', 'recovery_interval', 'validation_batch_size', 'teacher_top1', 'dense_top1', 'data_dir',
         'initial_checkpoint', 'pretrained_path', 'pretrained', 'model', 'model_kwargs', 'dataset_download')
 _NEWER = ('batch', 'loss_sum', 'settings')  # entries that checkpoints of version 0.1.0 lack
-_INSIDE: Dict[str, Dict[str, type]] = {  # what must be in the dictionaries of a `RunState`
+_INSIDE: Dict[str, Dict[str, Any]] = {  # what must be in the dictionaries of a `RunState`
     'model': {'architecture': str},
     'best': {'value': float, 'epoch': int, 'weights': str},
     'averager': {'steps': int, 'pulls': int},
+    'settings': dict.fromkeys(PARTS, Optional[int]),
 }
 
 
@@ -114,7 +117,7 @@ class RunState:
         ema = metrics.get(f'ema_{metric}', math.nan)
         if sign * ema > sign * value or math.isnan(value):
             value, weights = ema, 'EMA'
-        if math.isnan(value) or (self.best is not None and not sign * value > sign * self.best['value']):
+        if math.isnan(value) or (self.best is not None and sign * value <= sign * self.best['value']):
             return False
         self.best = dict(value=value, epoch=self.epoch, weights=weights, **metrics)
         return True
@@ -131,11 +134,13 @@ def start(
         class_names: Optional[List[str]],
         data_config: Dict[str, Any],
         processes: int = 1,
-        updates_per_epoch: int = 1,
+        training_images: Optional[int] = None,
+        images_per_epoch: int = 1,
 ) -> RunState:
     """The state of a run that has not begun."""
     settings = {key: value for key, value in vars(args).items() if key not in FREE and key not in FLAGS}
-    settings.update(processes=processes, updates_per_epoch=updates_per_epoch)
+    settings.update(
+        processes=processes, training_images=training_images, images_per_epoch=images_per_epoch)
     return RunState(
         describe(model), {key: vars(args)[key] for key in FLAGS}, class_names, data_config,
         settings=json.loads(json.dumps(settings, default=str)))
@@ -166,10 +171,16 @@ def resume(checkpoint: Path, fresh: RunState, iterable: bool = False) -> RunStat
         raise ValueError(
             f'{checkpoint} was trained with --{key.replace("_", "-")} {state.flags[key]}, here it is '
             f'{fresh.flags[key]}.')
+    if None not in (state.class_names, fresh.class_names) and state.class_names != fresh.class_names:
+        pairs = zip_longest(state.class_names or (), fresh.class_names or ())
+        label, (was, is_now) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise ValueError(
+            f'{checkpoint} was trained on other classes: label {label} was {was}, here it is {is_now}. Give the same '
+            f'data, or start anew with --initial-checkpoint.')
     changed = changes(state.settings, fresh.settings)
     told = {key: f'{key.replace("_", " ")} {old}, here it is {new}' for key, (old, new) in changed.items()}
     wrong = next((told[key] for key in (*STREAM, *PARTS * iterable) if key in told), None)
-    parts = [[settings.get(key, 1) for key in PARTS] for settings in (state.settings, fresh.settings)]
+    parts = [[settings.get(key) or 1 for key in PARTS] for settings in (state.settings, fresh.settings)]
     before, now = map(math.prod, parts)
     if before != now and not set(PARTS).isdisjoint(told):
         wrong = (f'{before} images an update ({", ".join(f"{key} {n}" for key, n in zip(PARTS, parts[0]))}), here it '
@@ -178,10 +189,16 @@ def resume(checkpoint: Path, fresh: RunState, iterable: bool = False) -> RunStat
         raise ValueError(
             f'{checkpoint} was trained with {wrong}: the rest would be trained on other images. Give the same, or '
             f'start anew with --initial-checkpoint.')
+    updates = math.ceil(fresh.settings['images_per_epoch'] / now)
+    if state.update != state.epoch * updates + state.batch / parts[0][1]:
+        raise ValueError(
+            f'{checkpoint} is at update {state.update}, {state.epoch} epochs and {state.batch} batches; with these '
+            f'flags and images an epoch has {updates} updates. Give those of the run, or start anew with '
+            f'--initial-checkpoint.')
     if state.batch:  # micro-batches of another size are of another number
         scale = parts[0][0] * parts[0][2] / (parts[1][0] * parts[1][2])
         state.batch, state.loss_sum = round(state.batch * scale), state.loss_sum * scale
-    state.settings = fresh.settings
+    state.flags, state.settings, state.data_config = fresh.flags, fresh.settings, fresh.data_config
     if (state.averager is None) != (fresh.averager is None):
         raise ValueError(f'{checkpoint} can\'t be resumed: its state.json and its model disagree on having experts.')
     return state
@@ -197,6 +214,8 @@ def resumption(checkpoint: Path, state: RunState) -> str:
     changed = changes(read_state(checkpoint).settings, state.settings)
     told = ''.join(f' --{key.replace("_", "-")} is {new} now, it was {old}.' for key, (old, new) in changed.items())
     told = told.replace('--processes is', 'The number of processes is')
+    told += ''.join(f' {path.name} is left out, it has lost {lost(path)}.' for path in _named(checkpoint.parent)
+                    if _number(path) > _number(checkpoint))
     return f'Resuming from {checkpoint}, epoch {state.epoch}{f", batch {state.batch}" * bool(state.batch)}.{told}'
 
 
@@ -209,11 +228,29 @@ def remove_leftovers(experiment: Path) -> None:
         shutil.rmtree(left)
 
 
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name[7:])
+
+
+def _named(folder: Path) -> List[Path]:
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=_number)
+
+
+def lost(checkpoint: Path) -> Optional[str]:
+    """The first file that a checkpoint should have and has not; None of a whole one."""
+    parts = (SHARDS, 'optimizer_0')
+    files = ['state.json', 'model.safetensors', 'optimizer.bin']
+    if any((checkpoint / part).is_dir() for part in parts):
+        files[1:] = [f'{part}/.metadata' for part in parts]
+    with suppress(ValueError, OSError):  # said by who reads it
+        files += ['ema.safetensors'] * bool(read_state(checkpoint).flags.get('model_ema'))
+    return next((name for name in files if not (checkpoint / name).is_file()), None)
+
+
 def checkpoints(experiment: Path) -> List[Path]:
     """Whole checkpoints of an experiment, oldest first."""
-    folder = experiment / 'checkpoints'
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted((path for path in found if (path / 'state.json').is_file()), key=lambda path: int(path.name[7:]))
+    return [path for path in _named(experiment / 'checkpoints') if lost(path) is None]
 
 
 def resume_point(experiment: Path, resuming: bool, named: bool) -> Optional[Path]:
@@ -328,6 +365,7 @@ def load_checkpoint(
             load_shards(model, getattr(optimizer, 'optimizer', optimizer), checkpoint)
         else:
             accelerator.load_state(str(checkpoint))
+    accelerator.step = 0  # micro-batches of an update done: of none, however many they were in the run that saved
 
 
 def load_ema(checkpoint: Path) -> Dict[str, Tensor]:
@@ -379,7 +417,7 @@ def read_state(checkpoint: Path) -> RunState:
         if key not in entries:
             raise ValueError(f'{path} has no entry {key}: it is damaged or of a version this one can\'t go on with.')
         value = entries[key]
-        wrong = None if _fits(value, hint) else key
+        wrong = None if _fits(value, hint) and not (hint is int and value < 0) else key
         if wrong is None and value is not None:
             wrong = next((f'{key}.{part}' for part, kind in _INSIDE.get(key, {}).items()
                           if not _fits(value.get(part), kind)), None)

@@ -34,6 +34,8 @@ def shard_by_blocks(accelerator: 'Accelerator', model: nn.Module) -> None:
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
     plugin.transformer_cls_names_to_wrap = sorted(
         {type(model.get_submodule(name)).__name__ for name in blocks if name})
+    plugin.state_dict_config = plugin.optim_state_dict_config = None  # of another type, if that was asked for
+    plugin.set_state_dict_type('SHARDED_STATE_DICT')
     # every process has made the model; and accelerate's way fails at parameters of the model itself, as cls_token
     plugin.cpu_ram_efficient_loading = False
 

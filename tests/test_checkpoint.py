@@ -27,6 +27,7 @@ from ewa.checkpoint import (
 from ewa.options import train_parser
 from runs import (  # noqa: F401  fixtures among them
     HOST,
+    close,
     equal,
     fails,
     files,
@@ -278,7 +279,7 @@ def test_a_checkpoint_is_of_the_same_model_and_flags(prepared, tiny, tmp_path):
     model = tiny(depth=2)
     fresh = start(model, args, ['a'], dict(input_size=(3, 32, 32)))
     assert fresh.model == describe(model) and fresh.model['architecture'] == 'vit_tiny_patch16_224'
-    fresh.update = 5
+    fresh.epoch = fresh.update = 5
     save_checkpoint(prepared[0], tmp_path, fresh)
     (path,) = checkpoints(tmp_path)
     assert resume(path, start(model, args, ['a'], {})).update == 5
@@ -286,6 +287,9 @@ def test_a_checkpoint_is_of_the_same_model_and_flags(prepared, tiny, tmp_path):
                          (tiny(depth=2, qkv_bias=False), 'its qkv_bias is None, here it is False')):
         with pytest.raises(ValueError, match=words):
             resume(path, start(other, args, ['a'], {}))
+    with pytest.raises(ValueError, match='trained on other classes: label 0 was a, here it is b. Give the same data'):
+        resume(path, start(model, args, ['b'], {}))
+    assert resume(path, start(model, args, None, {'mean': [0.1]})).data_config == {'mean': [0.1]}  # what is used now
     args.layer_decay = 0.7
     with pytest.raises(ValueError, match='was trained with --layer-decay None, here it is 0.7'):
         resume(path, start(model, args, ['a'], {}))
@@ -453,11 +457,55 @@ def test_a_finished_run_without_checkpoints_is_not_overwritten(trained, folder, 
 @pytest.mark.parametrize('flags, words', [
     (['--seed', 7], 'trained with seed 42, here it is 7'),
     (['--batch-size', 8], '16 images an update (batch_size 16, grad_accum_steps 1, processes 1), here'),
-    (['--grad-accum-steps', 2], 'grad_accum_steps 1, processes 1), here it is 32')])
-def test_a_run_goes_on_with_its_own_stream_of_images(trained, folder, flags, words):
+    (['--grad-accum-steps', 2], 'grad_accum_steps 1, processes 1), here it is 32'),
+    (['--data-dir', 'GROWN'], 'trained with training images 80, here it is 82')])
+def test_a_run_goes_on_with_its_own_stream_of_images(trained, folder, tmp_path, flags, words):
+    if flags[-1] == 'GROWN':
+        flags = ['--data-dir', Path(shutil.copytree(folder, tmp_path / 'grown'))]
+        for name in ('a.png', 'b.png'):  # too few for another batch
+            shutil.copy(next((folder / 'train' / 'bag').glob('*.png')), flags[-1] / 'train' / 'bag' / name)
     code, lines = fails(run_train, '--data-dir', folder, '--output', trained.parent, '--experiment', trained.name,
                         '--resume', '--model-ema', '--epochs', 3, *flags)
     assert code == 2 and len(lines) == 1 and words in lines[0]
+
+
+def test_micro_batches_of_another_size_are_those_of_the_same_updates(go, tmp_path):
+    # nothing is drawn but the order of the images
+    flags = ['--model', 'vit_tiny_patch16_224', '--no-aug', '--hflip', 0, '--model-kwargs']
+    flags += [f'{key}={value}' for key, value in HOST.items()]
+    whole = go(*flags, '--recovery-interval', 3, '--checkpoint-hist', 9, experiment='whole')
+    checkpoint = 'checkpoints/update-00000003'  # an odd number
+    shutil.copytree(whole / checkpoint, tmp_path / 'parts' / checkpoint)
+    parts = go(*flags, '--batch-size', 8, '--grad-accum-steps', 2, '--resume', experiment='parts')
+    assert close(weights(parts), weights(whole), atol=1e-4, rtol=0)
+    for row, expected in zip(summary(parts), summary(whole), strict=True):
+        assert row['train_loss'] == pytest.approx(expected['train_loss'], rel=1e-5)
+
+
+@pytest.mark.parametrize('file', ['state.json', 'model.safetensors', 'optimizer.bin', 'ema.safetensors'])
+def test_a_checkpoint_that_lost_a_file_is_left_out_and_named(trained, folder, tmp_path, capsys, file):
+    shutil.copytree(trained, tmp_path / 'run')
+    (newest(tmp_path / 'run') / file).unlink()
+    assert newest(tmp_path / 'run').name == 'update-00000005'
+    run_train('--data-dir', folder, '--output', tmp_path, '--experiment', 'run', '--resume', '--model-ema',
+              '--model-ema-decay', 0.7, '--drop-path', 0.1, '--share-schedule', 'linear', '--share-rate', 0.1)
+    assert f'epoch 1. update-00000010 is left out, it has lost {file}.' in capsys.readouterr().out
+    assert equal(weights(tmp_path / 'run'), weights(trained))
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(update=10 ** 9), 'is at update 1000000000, 2 epochs and 0 batches; with these flags and images an epoch has'),
+    (dict(batch=10 ** 9), 'an epoch has 5 updates'), (dict(epoch=10 ** 9), 'an epoch has 5 updates'),
+    (dict(batch=-1), "its entry batch is '-1'"), (dict(settings={}, update=4), 'an epoch has 5 updates'),
+    (dict(settings=dict(batch_size={})), 'its entry settings.batch_size is')], ids=str)
+def test_a_checkpoint_at_a_place_that_is_none_is_refused(trained, folder, tmp_path, change, words):
+    shutil.copytree(trained, tmp_path / 'run')
+    path = newest(tmp_path / 'run') / 'state.json'
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    before = files(tmp_path / 'run')
+    code, lines = fails(run_train, '--data-dir', folder, '--output', tmp_path, '--experiment', 'run', '--resume',
+                        '--model-ema', '--epochs', 3)
+    assert code == 2 and len(lines) == 1 and words in lines[0] and files(tmp_path / 'run') == before
 
 
 def test_flags_that_are_others_are_told(go, capsys):
@@ -493,6 +541,8 @@ def test_not_a_number_never_wins(metric):
     assert state.improve({metric: 1.}) and not state.improve({metric: nan})
     assert state.improve({metric: nan, f'ema_{metric}': 5. if metric == 'top1' else .5})
     assert state.best['weights'] == 'EMA'
+    state.best['value'] = nan  # of a version that let it
+    assert state.improve({metric: 2.}) and state.best['value'] == 2.
 
 
 def test_a_diverged_run_leaves_its_results_alone(go, monkeypatch, capsys):

@@ -172,7 +172,8 @@ def sharding(args):
     accelerator = make_accelerator(args)
     PartialState._shared_state['distributed_type'] = accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy='transformer_based_wrap', cpu_ram_efficient_loading=True)
+        fsdp_version=2, auto_wrap_policy='transformer_based_wrap', cpu_ram_efficient_loading=True,
+        state_dict_type='FULL_STATE_DICT')  # by files of accelerate config that were made for FSDP of version 1
     accelerator.state.fsdp_plugin.fsdp_version = VERSION
     return accelerator
 train.make_accelerator = sharding
