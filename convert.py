@@ -85,16 +85,20 @@ def open_images(
 
 
 def conversions(args: argparse.Namespace, gated: bool) -> Dict[str, Tuple[str, Dict[str, Any]]]:
-    """Methods and their options by the title they have in tables; `all` has refit without and with steps."""
+    """Methods and their options by the title they have in tables; `all` has refit without steps and with each kind."""
     if args.method != 'all':
         return {args.method: (args.method, gathering_options(args, [args.method])[args.method])}
     titled = {}
     given = gathering_options(args, [method.name for method in METHODS.values() if gated or not method.needs_data])
     for method, options in given.items():
-        steps = options.pop('steps', 300)
+        steps, joint_steps = options.pop('steps', 300), options.pop('joint_steps', 0)
         titled[method] = (method, options)
         if method == 'refit':
-            titled[f'refit, {steps} steps'] = (method, dict(options, steps=steps))
+            options = dict(options, steps=steps)
+            titled[f'refit, {steps} steps'] = (method, options)
+            if joint_steps:
+                options = dict(options, joint_steps=joint_steps)
+                titled[f'refit, {steps} and {joint_steps} joint steps'] = (method, options)
     return titled
 
 
@@ -148,6 +152,9 @@ def print_fits(dense: Dict[str, nn.Module]) -> None:
         print(f'  {"layer":<24} relative error  on images held out')
         for layer, error in record['error'].items():
             print(f'  {layer:<24} {error["fitted"]:>14.4f}  {error.get("held_out", float("nan")):>18.4f}')
+        if 'outputs_error' in record:
+            print('  relative error of the model\'s outputs: {before:.4f}, after joint steps {after:.4f}'.format(
+                **record['outputs_error']))
 
 
 def compare(

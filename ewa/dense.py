@@ -65,9 +65,10 @@ def to_dense(
             one. Refit keeps them; some hundreds are enough.
         k: Routed experts kept. Default: as many as make the vanilla hidden width, `H/h - S`. Another width is
             possible where all blocks have MoE layers, and becomes the host's `mlp_ratio`.
-        **options: refit: `steps`, optimizer steps for each FFN against what its layer computes, and `ridge`. sum,
-            top_kg, svd_kg: `rescale` (see `ewa.gathering`). aligned: `reference`, index of an expert. prune:
-            `score`, `'usage'` (tokens) or `'norm'` (mean of gate times output norm). do_acp: `lam`.
+        **options: refit: `steps`, optimizer steps for each FFN against what its layer computes, `joint_steps` for all
+            together against what the model computes, and `ridge`. sum, top_kg, svd_kg: `rescale` (see
+            `ewa.gathering`). aligned: `reference`, index of an expert. prune: `score`, `'usage'` (tokens) or `'norm'`
+            (mean of gate times output norm). do_acp: `lam`.
 
     Returns:
         A model on the device of the input; `conversion` on it records what was done.
@@ -200,6 +201,7 @@ def refit_layers(
         batches: Iterable,
         k: Optional[int] = None,
         steps: int = 0,
+        joint_steps: int = 0,
         ridge: float = 1e-4,
 ) -> Tuple[Dict[str, nn.Module], Dict[str, Any]]:
     """One FFN for each gated layer by `ewa.refit`, in the order in which the model calls them.
@@ -213,19 +215,22 @@ def refit_layers(
         model, batches, k: See `to_dense`.
         layers: All MoE layers of the model.
         steps: Of `ewa.refit.fit`, for each FFN.
+        joint_steps: Of `ewa.refit.fit_outputs`, for all FFNs together, after that.
         ridge: See `ewa.refit.Moments.normal`.
 
     Returns:
         FFN of each layer; and what is to be told: `calibration_images`, `calibration_tokens` (of a layer, fitted to),
         `error` (layer to `fitted` and `held_out`: `sqrt(E w|y' - y|^2 / E w|y|^2)` for its output `y`, the FFN's `y'`
-        and the weight `w` of the token; no `held_out` of a single image), `seconds`.
+        before joint steps and the weight `w` of the token; no `held_out` of a single image), `outputs_error` (of the
+        model, `before` and `after` joint steps), `seconds`.
 
     Raises:
         ValueError: See `to_dense`; the message names the layer.
     """
     started = time.perf_counter()
-    if steps < 0:
-        raise ValueError(f'steps must be >= 0, got {steps}.')
+    for key, value in dict(steps=steps, joint_steps=joint_steps).items():
+        if value < 0:
+            raise ValueError(f'{key} must be >= 0, got {value}.')
     fitted, held = hold_out(batches)
     ffns: Dict[str, nn.Module] = {}
     errors: Dict[str, Dict[str, float]] = {}
@@ -262,12 +267,55 @@ def refit_layers(
                 inputs, targets = layer_tokens(partly, layer, held, index)
                 errors[name]['held_out'] = refit.relative_error(on_tokens(ffn)(inputs), targets, weights)
             ffns[name] = ffn
+        if joint_steps:
+            ffns, outputs = _fit_jointly(model, layers, ffns, fitted, held, joint_steps)
     for name, ffn in ffns.items():
         ffn.train(layers[name].experts[0].training)
     record = dict(
+        **dict(outputs_error=outputs) if joint_steps else {},
         calibration_images=sum(map(len, fitted)) + sum(map(len, held)), calibration_tokens=tokens, error=errors,
         seconds=round(time.perf_counter() - started, 1))
     return ffns, record
+
+
+def _fit_jointly(
+        model: nn.Module,
+        layers: Dict[str, MoELayer],
+        ffns: Dict[str, nn.Module],
+        fitted: Sequence[Tensor],
+        held: Sequence[Tensor],
+        steps: int,
+) -> Tuple[Dict[str, nn.Module], Dict[str, float]]:
+    """FFNs that are trained together for the outputs of the model; and the error of these, `before` and `after`.
+
+    `sqrt(E|y' - y|^2 / E|y|^2)` on images that are held out, if there are any. Where it did not fall, the FFNs given.
+    """
+    wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    if len({images.shape[1:] for images in (*fitted, *held)}) > 1:
+        raise ValueError('joint_steps mixes calibration images: give all of one size.')
+    teacher = deepcopy(model).to(wide)
+    named = dict(teacher.named_modules())
+    trained = {name: deepcopy(ffn).to(wide) for name, ffn in ffns.items()}
+    student = deepcopy(teacher, {id(named[name]): ffn for name, ffn in trained.items()})
+    student.requires_grad_(False)
+    parameters = {
+        p.requires_grad_(): refit.usual_rate(read_ffn(ffn).up.shape[2]) for ffn in trained.values()
+        for p in ffn.parameters()}
+    device = next(iter(parameters)).device
+
+    def error() -> float:
+        pairs = [(student(images.to(device)), teacher(images.to(device)))
+                 for batch in held or fitted for images in batch.to(wide).split(16)]
+        ours, theirs = (torch.cat(part).flatten(1) for part in zip(*pairs))
+        return refit.relative_error(ours, theirs, theirs.new_ones(len(theirs)).double())
+
+    before = error()
+    refit.fit_outputs(student, parameters, teacher, torch.cat(list(fitted)).to(wide), steps)
+    after = error()
+    if after >= before:
+        return ffns, dict(before=before, after=before)
+    return {name: ffn.to(next(ffns[name].parameters()).dtype) for name, ffn in trained.items()}, dict(
+        before=before, after=after)
 
 
 def _dense_hidden(layer: MoELayer, k: Optional[int]) -> int:

@@ -20,7 +20,7 @@ matching pursuit for several outputs (Tropp, Gilbert and Strauss, Algorithms for
 """
 import math
 import warnings
-from typing import Callable, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -239,6 +239,11 @@ def choose_and_solve(
     return chosen + others, nn.functional.pad(down, (0, len(others))), down_bias
 
 
+def usual_rate(width: int) -> float:
+    """The learning rate `0.02 / sqrt(D)`, which suits weights of the usual scale `1 / sqrt(D)`."""
+    return 0.02 / width ** 0.5
+
+
 def fit(
         ffn: nn.Module,
         inputs: Tensor,
@@ -258,21 +263,15 @@ def fit(
         inputs, targets: The tokens.
         weights: Of the tokens, (T,).
         steps: Optimizer steps.
-        lr: Largest learning rate; default `0.02 / sqrt(D)`, which suits weights of the usual scale `1 / sqrt(D)`.
+        lr: Largest learning rate; default: `usual_rate`.
         batch_size: Tokens a step.
     """
     generator = torch.Generator().manual_seed(0)
     scale = targets.float().square().mean().clamp(min=1e-30)
     ends = weights.double().cpu().cumsum(0) / weights.double().cpu().sum()
     ends[-1] = 1.
-    lr = 0.02 / inputs.shape[1] ** 0.5 if lr is None else lr
-    optimizer = torch.optim.Adam(ffn.parameters(), lr=lr)
-    warmup = steps // 10
-
-    def factor(step: int) -> float:
-        return min((step + 1) / (warmup + 1), 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / (steps - warmup)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    lr = usual_rate(inputs.shape[1]) if lr is None else lr
+    optimizer, schedule = _adam(dict.fromkeys(ffn.parameters(), lr), steps)
     with torch.enable_grad():
         for _ in range(steps):
             batch = torch.searchsorted(ends, torch.rand(batch_size, generator=generator).double()).to(inputs.device)
@@ -281,6 +280,69 @@ def fit(
             loss.backward()
             optimizer.step()
             schedule.step()
+
+
+def fit_outputs(
+        model: Callable[[Tensor], Tensor],
+        parameters: Dict[nn.Parameter, float],
+        teacher: Callable[[Tensor], Tensor],
+        images: Tensor,
+        steps: int,
+        batch_size: int = 64,
+) -> None:
+    """Train some parameters of a model so that its outputs are those of another: Adam, warm-up and cosine as in `fit`.
+
+    A few hundred images are soon learnt by heart, so each one is mixed with another: `a x + (1 - a) x'`, `a` uniform,
+    and what is asked for is what the other model makes of the mixture. The loss is `|model(x) - teacher(x)|^2` relative
+    to the variance of the teacher's outputs over the images. Images and mixtures are drawn by a generator of their own.
+
+    Args:
+        model, teacher: Map images to outputs (B, ...).
+        parameters: Changed in place, with the largest learning rate of each.
+        images: Calibration images, (N, C, H, W).
+        steps: Optimizer steps.
+        batch_size: Images a step; all of them, if there are fewer. No more pixels than 16 images of 224 x 224 have go
+            through the models at once.
+
+    Sources: mixing is that of mixup (1710.09412), in distillation that of function matching (2106.05237).
+    """
+    generator = torch.Generator().manual_seed(0)
+    device = next(iter(parameters)).device
+    at_once = max(1, 16 * 224 ** 2 // images[0, 0].numel())
+    with torch.no_grad():
+        outputs = torch.cat([teacher(some.to(device)).float() for some in images.split(at_once)])
+        scale = outputs.var(0, correction=0).mean().clamp(min=1e-30)
+    optimizer, schedule = _adam(parameters, steps)
+    batch_size = min(batch_size, len(images))
+    for _ in range(steps):
+        first, second = (torch.randperm(len(images), generator=generator)[:batch_size] for _ in range(2))
+        part = torch.rand(batch_size, *[1] * (images.ndim - 1), generator=generator).to(images.dtype)
+        mixed = part * images[first] + (1 - part) * images[second]
+        optimizer.zero_grad()
+        for some in mixed.to(device).split(at_once):
+            with torch.no_grad():
+                wanted = teacher(some)
+            with torch.enable_grad():
+                loss = (model(some) - wanted).float().square().mean() / scale * (len(some) / batch_size)
+            for p, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters))):
+                p.grad = gradient if p.grad is None else p.grad + gradient
+        optimizer.step()
+        schedule.step()
+
+
+def _adam(
+        parameters: Dict[nn.Parameter, float],
+        steps: int,
+) -> Tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Adam with a learning rate for each parameter, a tenth of warm-up, a cosine to 0."""
+    rates = sorted(set(parameters.values()))
+    optimizer = torch.optim.Adam([dict(params=[p for p in parameters if parameters[p] == lr], lr=lr) for lr in rates])
+    warmup = steps // 10
+
+    def factor(step: int) -> float:
+        return min((step + 1) / (warmup + 1), 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / (steps - warmup)))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def token_weights(sensitivity: Tensor, floor: float = 0.1) -> Tensor:

@@ -322,5 +322,7 @@ def test_all_methods_have_refit_without_and_with_steps():
     assert {title: value for title, value in everything.items() if value[0] == 'refit'} == {
         'refit': ('refit', dict(ridge=.01)), 'refit, 300 steps': ('refit', dict(ridge=.01, steps=300))}
     assert titles('--method', 'all', '--refit-steps', '7')['refit, 7 steps'] == ('refit', dict(steps=7))
+    both = titles('--method', 'all', '--refit-steps', '7', '--refit-joint-steps', '2')
+    assert both['refit, 7 and 2 joint steps'] == ('refit', dict(steps=7, joint_steps=2))
     assert titles('--method', 'refit', '--refit-steps', '7') == dict(refit=('refit', dict(steps=7)))
     assert not any('refit' in title for title in titles('--method', 'all', gated=False))

@@ -527,14 +527,14 @@ def test_steps_bring_refit_closer(tiny):
 
 
 @pytest.mark.filterwarnings('ignore:.*calibration tokens for')
-@pytest.mark.parametrize('steps', [0, 5])
-def test_refit_gives_the_same_bits_again_and_leaves_the_model_as_it_was(tiny, steps):
-    model = gated(tiny()).train()
+@pytest.mark.parametrize('steps', [dict(), dict(steps=5), dict(joint_steps=5)])
+@pytest.mark.parametrize('trainable', [False, True])
+def test_refit_gives_the_same_bits_again_and_leaves_the_model_as_it_was(tiny, steps, trainable):
+    model = gated(tiny()).train().requires_grad_(trainable)
     model.blocks[0].eval()
-    for p in model.parameters():
-        p.requires_grad_(False)
     modes, before = [module.training for module in model.modules()], deepcopy(model.state_dict())
-    first, second = [ewa.to_dense(model, 'refit', many_images(), steps=steps) for _ in range(2)]
+    first, second = [ewa.to_dense(model, 'refit', many_images(), **steps) for _ in range(2)]
+    assert all(p.requires_grad == trainable and p.grad is None for p in [*model.parameters(), *first.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values()))
     with torch.no_grad():
         for p in first.parameters():
@@ -542,6 +542,33 @@ def test_refit_gives_the_same_bits_again_and_leaves_the_model_as_it_was(tiny, st
     assert [module.training for module in model.modules()] == modes
     assert first.blocks[1].mlp.training and not first.blocks[0].training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings('ignore:.*calibration tokens for')
+def test_joint_steps_bring_the_outputs_closer_and_change_ffns_alone(tiny):
+    model = gated(tiny())
+    plain, trained = [ewa.to_dense(model, 'refit', many_images(), joint_steps=steps) for steps in (0, 60)]
+    error = trained.conversion['outputs_error']
+    assert error['after'] < .95 * error['before'] and 'outputs_error' not in plain.conversion
+    held = hold_out(many_images())[1]
+    with torch.no_grad():
+        pairs = [(trained.eval()(images), model.eval()(images)) for images in held]
+    ours, theirs = (torch.cat(part) for part in zip(*pairs))
+    assert ((ours - theirs).norm() / theirs.norm()).item() == pytest.approx(error['after'], rel=1e-4)
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, trained.state_dict()[key]) != key.startswith(('blocks.1.mlp', 'blocks.3.mlp'))
+
+
+def test_joint_steps_that_do_not_help_are_not_taken(tiny):
+    model = gated(tiny())
+    for layer in (model.blocks[1].mlp, model.blocks[3].mlp):
+        for expert in layer.experts:
+            expert.load_state_dict(layer.experts[0].state_dict())
+    plain, trained = [
+        ewa.to_dense(model, 'refit', many_images(200), joint_steps=steps, ridge=1e-8) for steps in (0, 1)]
+    error = trained.conversion['outputs_error']
+    assert error['after'] == error['before'] < 1e-3
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), trained.state_dict().values()))
 
 
 @pytest.mark.filterwarnings('ignore:.*calibration tokens for')
@@ -561,8 +588,8 @@ def test_refit_is_on_record(tiny):
 def test_refit_in_half_precision(tiny):
     model = gated(tiny()).bfloat16()
     batches = [batch.bfloat16() for batch in many_images()]
-    for steps in (0, 3):
-        vit = ewa.to_dense(model, 'refit', batches, steps=steps)
+    for steps in (dict(), dict(steps=3), dict(joint_steps=3)):
+        vit = ewa.to_dense(model, 'refit', batches, **steps)
         assert vit.blocks[1].mlp.fc2.weight.dtype == torch.bfloat16 and max(errors_of(vit)) < 1
 
 
@@ -650,6 +677,8 @@ class TestRefitRefuses:
     def test_negative_steps(self, tiny, images):
         with pytest.raises(ValueError, match='steps must be >= 0, got -1'):
             ewa.to_dense(gated(tiny()), 'refit', [images], steps=-1)
+        with pytest.raises(ValueError, match='joint_steps must be >= 0, got -1'):
+            ewa.to_dense(gated(tiny()), 'refit', [images], joint_steps=-1)
 
     def test_nothing_and_warns_where_tokens_are_few(self, tiny, images):
         with pytest.warns(UserWarning, match='34 calibration tokens for 129 unknowns an output'):

@@ -30,6 +30,9 @@ TEACHERS: Dict[str, Dict[str, Teacher]] = {
 METHODS: Dict[str, Flags] = {
     'average': dict(method='average'), 'aligned': dict(method='aligned'), 'refit': dict(method='refit'),
     'refit, 1000 steps': {'method': 'refit', 'refit-steps': 1000}}
+JOINT: Dict[str, Flags] = {
+    'refit, 1000 joint steps': {'method': 'refit', 'refit-joint-steps': 1000},
+    'refit, 1000 and 1000 joint steps': {'method': 'refit', 'refit-steps': 1000, 'refit-joint-steps': 1000}}
 RIDGE: Dict[str, Flags] = {'refit, ridge 1e-08': {'method': 'refit', 'ridge': 1e-08}}
 MORE: Dict[str, Flags] = {
     **{f'refit, {images} images': {'method': 'refit', 'calibration-images': images} for images in (64, 2048, 8192)},
@@ -94,6 +97,10 @@ def runs(s: Setting) -> Iterator[List[Run]]:
            for run in distilled('refit', images, factor=factor) if run.labels['seed'] == 0]
     for images in more:
         yield [run for start in starts for run in distilled(start, images)]
+    yield converted(JOINT, cells)
+    starts.update({'refit, 1000 and 1000 joint steps': 'refit-1000-and-1000-joint-steps'})
+    for images in (*few[:1], *more):
+        yield distilled('refit, 1000 and 1000 joint steps', images)
     starts.update(dict.fromkeys(RIDGE, 'refit-ridge-1e-08'))
     yield converted(RIDGE, cells)
     for images in few[:1]:
