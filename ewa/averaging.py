@@ -10,6 +10,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Tuple, Union
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .moe import MoELayer, are_alike, check_plain, moe_layers, pulled
@@ -91,6 +92,8 @@ def zip_parameters(name: str, layer: MoELayer) -> Iterator[Tuple[Tensor, ...]]:
             experts[0].named_parameters(), zip(*(expert.parameters() for expert in experts))):
         if len({parameter.requires_grad for parameter in parameters}) > 1:
             raise ValueError(f'{key} is frozen in some experts of {name} and trained in others: freeze all or none.')
+        if len({id(parameter) for parameter in parameters}) < len(parameters):
+            raise ValueError(f'{key} is one parameter in several experts of {name}: give each its own.')
         yield parameters
 
 
@@ -282,17 +285,18 @@ class ExpertAverager:
 
     def _warn_of_copies(self, optimizer: Optimizer) -> None:
         """Say it where an optimizer keeps weights of its own, from which it would undo the pull."""
+        known = {id(p) for group in optimizer.param_groups for p in group['params']}
+        held = {key: value for key, value in vars(optimizer).items() if key not in ('state', 'param_groups')}
         for name, layer in moe_layers(self.model):
             for parameter in pulled(layer)[0].parameters():
                 weights = local(parameter)
-                for key, value in optimizer.state.get(parameter, {}).items():
-                    if not isinstance(value, Tensor) or value.shape != parameter.shape or not weights.any():
-                        continue
-                    if (local(value) - weights).norm() < 0.5 * weights.norm():
+                for key, values in {**held, **optimizer.state.get(parameter, {})}.items():
+                    copies = [value for value in tree_leaves(values) if isinstance(value, Tensor)
+                              and value.shape == parameter.shape and id(value) not in known]
+                    if weights.any() and any((local(c) - weights).norm() < 0.5 * weights.norm() for c in copies):
                         warnings.warn(
-                            f'{type(optimizer).__name__} keeps a copy of the weights of {name} (its state {key!r}): it '
-                            f'may undo what the averager pulls. Use an optimizer without weights of its own.',
-                            stacklevel=2)
+                            f'{type(optimizer).__name__} keeps a copy of the weights of {name} (its {key!r}): it may '
+                            f'undo what the averager pulls. Use an optimizer without weights of its own.', stacklevel=2)
                         return
 
     def state_dict(self) -> Dict[str, int]:

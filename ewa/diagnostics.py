@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import gathering
 from .calibration import measure_statistics
 from .ffn import is_ffn, read_ffn
-from .moe import MoELayer, are_alike, is_gated, kind, mean_state, moe_layers, pulled
+from .moe import MoELayer, are_alike, check_plain, is_gated, kind, mean_state, moe_layers, pulled
 
 ORTHOGONAL = 0.1  # mean pairwise cosine under which experts are called nearly orthogonal
 ROUTER_NAMES = {'random': 'random', 'gated': 'topk', 'unknown': 'unknown'}
@@ -24,10 +24,14 @@ def distances_to_mean(model: nn.Module) -> Dict[str, float]:
     Returns:
         Layer name to `sqrt(mean_e |W_e - W_mean|^2) / |W_mean|` over all parameters of an expert: 0 for equal experts,
         about `sqrt(E-1)` for independent ones. Layers whose experts are of unequal widths are left out.
+
+    Raises:
+        ValueError: Experts have weights that are no plain parameters, see `ewa.moe.check_plain`.
     """
     result = {}
     for name, layer in moe_layers(model):
         experts = layer.experts
+        check_plain(experts)
         if not are_alike(experts):
             continue
         mean = mean_state(experts)
@@ -81,6 +85,9 @@ def diagnose(model: nn.Module, batches: Optional[Iterable] = None, align: bool =
         relative change `sqrt(E|y' - y|^2 / E|y|^2)` of the routed output if the experts are averaged. Random-partition
         layers compute with the mean in `eval()`: their `change` is 0; of unknown layers none is claimed. Experts of
         unequal widths have no mean and no pairwise cosine: records of their layers lack these.
+
+    Raises:
+        ValueError: As `distances_to_mean`.
     """
     gated = any(is_gated(layer) for _, layer in moe_layers(model))
     statistics = measure_statistics(model, batches) if batches is not None and gated else {}

@@ -378,7 +378,7 @@ class MeanFormMoE(RandomPartitionMoE):
     def expert_states(self) -> List[Dict[str, Tensor]]:
         """Name to weight `W_i`, for each expert. Keeps the autograd graph."""
         if not torch.compiler.is_compiling():
-            check_plain([self.mean])
+            check_plain([self.mean, *self.deviations])
         states: List[Dict[str, Tensor]] = [{} for _ in self.deviations]
         for name, m in self.mean.named_parameters():
             deviations = [deviation.get_parameter(name) for deviation in self.deviations]

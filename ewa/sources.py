@@ -80,6 +80,8 @@ def load(directory: PathLike, ema: bool = False, layout: Optional[str] = None, *
 
 def _load_checkpoint_folder(directory: Path, ema: bool, kwargs: Dict[str, Any]) -> nn.Module:
     state = read_state(directory)
+    if not ema and not (directory / 'model.safetensors').is_file():  # lost, or in shards
+        raise ValueError(f'{directory} has no model.safetensors: give the model folder of its run, last/ or best/.')
     weights = load_ema(directory) if ema else read_weights(directory / 'model.safetensors')
     args = dict(state.model)
     architecture = args.pop('architecture')

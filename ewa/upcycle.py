@@ -151,8 +151,11 @@ def to_moe(
                 f"use expert_ratio=1 and init='copy'.")
     holders = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for name in names:
-        if holders[id(model.get_submodule(name))] > 1:
-            raise ValueError(f'{name} is used in several places of the model, so it can\'t become a MoE: leave it out.')
+        for key, part in model.get_submodule(name).named_modules():
+            if holders[id(part)] > 1 and next(part.parameters(), None) is not None:
+                where = f'{name}.{key}'.rstrip('.')
+                raise ValueError(
+                    f'{where} is used in several places of the model, so {name} can\'t become a MoE: leave it out.')
         try:
             check_plain([model.get_submodule(name)])
         except ValueError as e:

@@ -355,6 +355,13 @@ def test_frozen_experts_are_not_pulled():
     assert all(torch.equal(p, before[name]) for name, p in layer.named_parameters())
 
 
+def test_experts_that_share_a_parameter_are_not_pulled():
+    layer = moe_layer()
+    layer.experts[2].fc1.weight = layer.experts[0].fc1.weight
+    with pytest.raises(ValueError, match='fc1.weight is one parameter in several experts'):
+        ewa.ExpertAverager(layer, .3).step()
+
+
 @pytest.mark.parametrize('change, words', REWEIGHTED)
 def test_weights_that_are_no_plain_parameters_are_not_pulled(change, words):
     layer = moe_layer()
@@ -438,12 +445,14 @@ class TestAttach:
         with pytest.raises(TypeError, match='SAM does not run step hooks reliably.*averager.step'):
             ewa.ExpertAverager(layer, .1).attach(SAM(layer.parameters(), lr=.1))
 
-    def test_an_optimizer_that_keeps_weights_of_its_own_is_named_once(self):
+    @pytest.mark.parametrize('where', ['state', 'masters'])
+    def test_an_optimizer_that_keeps_weights_of_its_own_is_named_once(self, where):
         class Master(torch.optim.SGD):
             @torch.no_grad()
             def step(self):
                 for p in self.param_groups[0]['params']:
-                    master = self.state[p].setdefault('master', p.clone())
+                    kept = self.state if where == 'state' else self.__dict__.setdefault('masters', {p: {}})
+                    master = kept.setdefault(p, {}).setdefault('master', p.clone())
                     p.copy_(master.sub_(p.grad, alpha=1e-3))
 
         layer = moe_layer()
@@ -454,7 +463,8 @@ class TestAttach:
             for _ in range(30):
                 train_step(layer, optimizer)
         assert len(caught) == 1
-        assert "Master keeps a copy of the weights of  (its state 'master'): it may undo" in str(caught[0].message)
+        key = 'master' if where == 'state' else where
+        assert f'Master keeps a copy of the weights of  (its {key!r}): it may undo' in str(caught[0].message)
 
     def test_parameters_may_be_replaced_or_moved_afterwards(self):
         layer = moe_layer()

@@ -567,7 +567,8 @@ class TestPlainWeights:
         model = ewa.to_moe(tiny(), init='independent')
         layer = model.blocks[1].mlp
         change(layer.experts[1])
-        for call in (layer.fuse, lambda: model.eval()(images), lambda: ewa.to_dense(model)):
+        for call in (layer.fuse, lambda: model.eval()(images), lambda: ewa.to_dense(model),
+                     lambda: ewa.diagnose(model)):
             with pytest.raises(ValueError, match=words):
                 call()
         model.train()(images)  # each expert by itself is what it is
@@ -579,6 +580,10 @@ class TestPlainWeights:
         for call in (lambda: model.train()(images), lambda: ewa.to_dense(model)):
             with pytest.raises(ValueError, match=words):
                 call()
+        model = ewa.to_moe(tiny(), form='mean')
+        change(model.blocks[1].mlp.deviations[2])
+        with pytest.raises(ValueError, match=words):
+            model.train()(images)
 
     @pytest.mark.parametrize('method', METHODS)
     def test_in_gated_layers(self, method):

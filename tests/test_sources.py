@@ -60,6 +60,13 @@ def test_a_checkpoint_folder_loads_as_the_model_folder_of_its_epoch(trained, ema
     assert adapted.num_classes == 3 and torch.equal(adapted.patch_embed.proj.weight, model.patch_embed.proj.weight)
 
 
+def test_a_checkpoint_folder_without_weights(trained, tmp_path):
+    shutil.copytree(checkpoints(trained)[-1], tmp_path / 'checkpoint')
+    (tmp_path / 'checkpoint' / 'model.safetensors').unlink()
+    with pytest.raises(ValueError, match='has no model.safetensors: give the model folder of its run, last/ or best/'):
+        ewa.load(tmp_path / 'checkpoint')
+
+
 def test_ema_weights_that_are_not_there(trained, vit, tmp_path):
     ewa.export(vit, tmp_path / 'out')
     with pytest.raises(FileNotFoundError, match='out has no EMA weights'):

@@ -311,6 +311,13 @@ def test_ffns_that_share_parameters_are_refused(tiny):
         ewa.to_moe(model)
     assert repr(model) == text
     ewa.to_moe(model, layers=[0])
+    model = tiny()
+    model.blocks[3].mlp.fc1 = model.blocks[1].mlp.fc1
+    with pytest.raises(ValueError, match='blocks.1.mlp.fc1 is used in several places of the model, so blocks.1'):
+        ewa.to_moe(model)
+    model = tiny()
+    model.blocks[3].mlp.act = model.blocks[1].mlp.act
+    ewa.to_moe(model)
 
 
 class Halved(RandomPartitionMoE):
