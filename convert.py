@@ -81,6 +81,8 @@ def open_images(
     if gated:
         training = open_dataset(args, args.train_split, is_training=False, in_chans=channels)
         calibration = calibration_batches(training, args, data_config)
+        if complaint(training):
+            print(f'warning: calibration: {complaint(training)}')
     return eval_loader(images, args, data_config), calibration
 
 

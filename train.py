@@ -61,10 +61,11 @@ from ewa.data import (
     train_loader,
 )
 from ewa.distillation import TeacherView, check_weights, distillation_task, forward_flops
-from ewa.foreign import foreign
+from ewa.foreign import NotPossible, foreign
 from ewa.logbook import Logbook, say
 from ewa.moe import is_random, moe_layers, pulled
 from ewa.options import check_together, train_parser
+from ewa.pull import local
 from ewa.sharded import full_state, is_sharded, load_full_state, shard_alike, shard_by_blocks
 from ewa.sources import build_model, load_teacher
 
@@ -355,11 +356,24 @@ def save_within_epoch(run: Run, batch: int, accelerator: Accelerator, book: Logb
     looks = accelerator.num_processes == 1 or update % LOOK_EVERY == 0
     asked = looks and interrupt.asked(accelerator)
     if due or asked:
+        check_finite(run, accelerator, book)
         state = replace(run.state, batch=batch, loss_sum=accelerator.reduce(book.loss_sum, reduction='mean').item())
         state.count(book.images, book.seconds, run.flops_per_image)
         save(run, state, accelerator, book.experiment)
     if asked:
         end(update, book, interrupt)
+
+
+def check_finite(run: Run, accelerator: Accelerator, book: Logbook) -> None:
+    """Before anything is written: whether loss and weights are numbers.
+
+    Raises:
+        SystemExit: They are not; exit code 1.
+    """
+    found = [book.loss_sum, *(local(p) for p in run.plain_model.parameters())]
+    lost = torch.stack([~value.detach().isfinite().all() for value in found]).sum()
+    if accelerator.reduce(lost, reduction='sum').item():
+        book.diverged('Loss or weights are not finite', run.state.update, run.optimizer)
 
 
 def end(update: int, book: Logbook, interrupt: ckpt.Interrupt) -> None:
@@ -468,7 +482,7 @@ def evaluate(model: nn.Module, loader: Iterable, accelerator: Accelerator) -> Di
         totals += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), loss.new_tensor(len(target))]).double().cpu()
     model.train(training)
     loss, top1, top5, count = totals.tolist()
-    count = max(count, 1)
+    count = count or math.nan  # of no image that could be read
     return dict(loss=loss / count, top1=100 * top1 / count, top5=100 * top5 / count)
 
 
@@ -481,6 +495,34 @@ def validate(run: Run, accelerator: Accelerator, book: Logbook) -> Dict[str, flo
             f'ema_{key}': value for key, value in evaluate(run.ema.module, run.val_batches, accelerator).items()})
     book.warn('Validation', complaint(run.val_batches.dataset))
     return metrics
+
+
+def fit(run: Run, accelerator: Accelerator, book: Logbook, interrupt: ckpt.Interrupt) -> None:
+    """All epochs that are left."""
+    args, state = run.args, run.state
+    sample = next(iter(run.val_batches))[0]  # what the usage of experts is shown on
+    for split, batches in (('Training', run.train_batches), ('Validation', run.val_batches)):
+        book.warn(split, complaint(batches.dataset))
+    for epoch in range(state.epoch, run.epochs):
+        train_epoch(run, epoch, accelerator, book, interrupt)
+        check_finite(run, accelerator, book)
+        validated = state.epoch % args.val_interval == 0 or state.epoch == run.epochs
+        metrics = validate(run, accelerator, book) if validated else {}
+        if not math.isfinite(metrics.get('loss', 0.)):
+            book.diverged(f'The validation loss is {metrics["loss"]}', state.update, run.optimizer)
+        improved = validated and state.improve(metrics)
+        state.provenance = dict(updates=state.update, epochs=state.epoch, seed=args.seed, **metrics)
+        if run.averager is not None:
+            state.provenance.update(share_rate=args.share_rate, share_schedule=args.share_schedule)
+        ema = full_state(run.ema.module) if run.ema is not None else None
+        book.end_epoch(whole_model(run), state, metrics, improved, sample, run.optimizer, ema)
+        save(run, state, accelerator, book.experiment)
+        if state.epoch < run.epochs and interrupt.asked(accelerator):
+            end(state.update, book, interrupt)
+
+    book.conclude(
+        state, has_experts=run.averager is not None,
+        teacher_top1=args.teacher_top1 if run.task is not None else None, dense_top1=args.dense_top1)
 
 
 def main(
@@ -540,28 +582,16 @@ def main(
     if run.task is not None and args.teacher_top1 is None:
         args.teacher_top1 = evaluate(TeacherView(run.task), run.val_batches, accelerator)['top1']
         book.say(f'Teacher {args.teacher}: top-1 {args.teacher_top1:.2f}.')
-    sample = next(iter(run.val_batches))[0]  # what the usage of experts is shown on
-
-    with book, ckpt.Interrupt() as interrupt:
-        for epoch in range(state.epoch, run.epochs):
-            train_epoch(run, epoch, accelerator, book, interrupt)
-            validated = state.epoch % args.val_interval == 0 or state.epoch == run.epochs
-            metrics = validate(run, accelerator, book) if validated else {}
-            if not math.isfinite(metrics.get('loss', 0.)):
-                book.diverged(f'The validation loss is {metrics["loss"]}', state.update, run.optimizer)
-            improved = validated and state.improve(metrics)
-            state.provenance = dict(updates=state.update, epochs=state.epoch, seed=args.seed, **metrics)
-            if run.averager is not None:
-                state.provenance.update(share_rate=args.share_rate, share_schedule=args.share_schedule)
-            ema = full_state(run.ema.module) if run.ema is not None else None
-            book.end_epoch(whole_model(run), state, metrics, improved, sample, run.optimizer, ema)
-            save(run, state, accelerator, experiment)
-            if state.epoch < run.epochs and interrupt.asked(accelerator):
-                end(state.update, book, interrupt)
-
-        book.conclude(
-            state, has_experts=run.averager is not None,
-            teacher_top1=args.teacher_top1 if run.task is not None else None, dense_top1=args.dense_top1)
+    try:
+        with book, ckpt.Interrupt() as interrupt:
+            fit(run, accelerator, book, interrupt)
+    except (OSError, NotPossible) as e:  # of a full disk, or images that can't be read
+        message = str(e).strip().splitlines()[-1]  # a loader's worker gives its traceback as the message
+        found = ckpt.checkpoints(experiment)
+        way_out = (f'{found[-1].name} is whole, go on from it with the same command and --resume --experiment '
+                   f'{experiment.name}' if found else 'no checkpoint was saved yet')
+        print(f'{parser.prog}: error: {message}; {way_out}.', file=sys.stderr)
+        sys.exit(1)
     accelerator.end_training()
     return state.best
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Union, get_a
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from timm.models import get_model_args
 from torch import Tensor, nn
 
@@ -324,6 +325,9 @@ def save_checkpoint(
         state: Found again by `read_state`.
         ema: EMA weights.
         keep: Checkpoints to keep, at least 1.
+
+    Raises:
+        NotPossible, OSError: It can't be written; those before it stay.
     """
     final = experiment / 'checkpoints' / f'update-{state.update:08d}'
     new = final.with_name(f'.{final.name}.new')
@@ -331,11 +335,13 @@ def save_checkpoint(
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(new))
+    with foreign(f'{final} can\'t be written', RuntimeError, SafetensorError):
+        accelerator.save_state(str(new))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if ema is not None:
-            safetensors.torch.save_file({k: v.contiguous() for k, v in ema.items()}, new / 'ema.safetensors')
+            with foreign(f'{final} can\'t be written', RuntimeError, SafetensorError):
+                safetensors.torch.save_file({k: v.contiguous() for k, v in ema.items()}, new / 'ema.safetensors')
         (new / 'state.json').write_text(json.dumps(asdict(state), indent=2))
         replace_folder(new, final)
         for old in checkpoints(experiment)[:-max(keep, 1)]:

@@ -8,16 +8,18 @@ import argparse
 import math
 import os
 import random
+from contextlib import suppress
 from glob import escape as glob_escape
 from glob import glob
 from itertools import islice
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset, Mixup, create_dataset, create_loader
 from timm.data.model_config import resolve_input_data_config
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms import Compose
@@ -99,7 +101,9 @@ def open_dataset(args: argparse.Namespace, split: str, is_training: bool, in_cha
             if path.endswith('.tar'):
                 _check_tar(path)
         _check_samples(dataset, f'The split {split} of --data-dir {args.data_dir}')
-        return ReadableImages(dataset, replace=is_training)
+        images = ReadableImages(dataset, replace=is_training)
+        images.check()
+        return images
     if kind == 'torch':
         return _ImgMode(dataset, args.input_img_mode or ('L' if in_chans == 1 else 'RGB'))
     return dataset
@@ -172,6 +176,18 @@ class Wrapper(Dataset):
 UNREADABLE = -1  # the label of an image that could not be read
 
 
+def _left_out(reader: Any) -> Tuple[int, str]:
+    """How many image files below a folder a reader of timm's does not serve, and the first of them."""
+    if not isinstance(reader, ReaderImageFolder):
+        return 0, ''
+    served = {path for path, _ in reader.samples}
+    kinds = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    paths = (os.path.join(folder, name) for folder, _, names in os.walk(reader.root, followlinks=True) for name in names
+             if os.path.splitext(name)[1].lower() in kinds)
+    others = sorted(path for path in paths if path not in served)
+    return len(others), others[0] if others else ''
+
+
 class ReadableImages(Wrapper):
     """timm's `ImageDataset`, which says what it could not read.
 
@@ -186,6 +202,7 @@ class ReadableImages(Wrapper):
     def __init__(self, dataset: ImageDataset, replace: bool) -> None:
         super().__init__(dataset)
         self.replace = replace
+        self.left_out, self.first_left_out = _left_out(dataset.reader)
         self._unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # workers fill it in
 
     def __getitem__(self, index: int):
@@ -208,14 +225,31 @@ class ReadableImages(Wrapper):
     def _prepared(self, image: Image.Image):
         return image if self.transform is None else self.transform(image)
 
+    def check(self) -> None:
+        """Try some images, spread evenly.
+
+        Raises:
+            OSError: None of them can be read.
+        """
+        count = min(self.tries, len(self))
+        for i in range(count):
+            with suppress(OSError):
+                if self[i * len(self) // count][1] != UNREADABLE:
+                    return
+        raise OSError(f'None of {count} images that were tried can be read, {self.dataset.filename(0)} is the first.')
+
     def complaint(self) -> str:
-        """What could not be read so far, in words; empty if all could."""
+        """What is left out and what could not be read so far, in words; empty if nothing."""
+        parts = []
+        if self.left_out:
+            parts.append(f'{self.left_out} image files are left out, of other types than those read (give --input-key '
+                         f'".jpg;.png;...") or of no class; the first is {self.first_left_out}')
         found = self._unreadable.nonzero().flatten().tolist()
-        if not found:
-            return ''
-        done = 'others took their place' if self.replace else 'they are left out'
-        first = self.dataset.filename(found[0])
-        return f'{len(found)} of {len(self)} images can\'t be read, {done}; the first is {first}'
+        if found:
+            done = 'others took their place' if self.replace else 'they are left out'
+            first = self.dataset.filename(found[0])
+            parts.append(f'{len(found)} of {len(self)} images can\'t be read, {done}; the first is {first}')
+        return '; '.join(parts)
 
 
 def complaint(dataset: ImageSet) -> str:

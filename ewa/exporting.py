@@ -216,7 +216,8 @@ def write_folder(
         config.get('model_args', {}).pop('num_classes', None)
         (new / 'config.json').write_text(json.dumps(config, indent=2))
         if ema is not None:
-            safetensors.torch.save_file({k: v.contiguous() for k, v in ema.items()}, new / 'ema.safetensors')
+            with foreign(f'{directory} can\'t be written', RuntimeError, SafetensorError):
+                safetensors.torch.save_file({k: v.contiguous() for k, v in ema.items()}, new / 'ema.safetensors')
         if verify:
             _verify(model, new)
         if onnx:

@@ -4,9 +4,13 @@ from traceback import walk_tb
 from typing import Iterator, Type
 
 
+class NotPossible(ValueError):
+    """What another library complained of, in one line."""
+
+
 @contextmanager
 def foreign(message: str, *errors: Type[Exception]) -> Iterator[None]:
-    """Around one call of another library: what it raises becomes a `ValueError` of one line.
+    """Around one call of another library: what it raises becomes a `NotPossible` of one line.
 
     timm calls our factories, and a model our layers. What one of these raises is either meant for the user already or a
     mistake of ours, and passes unchanged, unless it comes from timm in turn, which they hand the user's arguments to.
@@ -16,7 +20,7 @@ def foreign(message: str, *errors: Type[Exception]) -> Iterator[None]:
         *errors: What the call raises for wrong arguments or files. Default: any exception.
 
     Raises:
-        ValueError: The call raised one of `errors`.
+        NotPossible: The call raised one of `errors`.
     """
     try:
         yield
@@ -29,4 +33,4 @@ def foreign(message: str, *errors: Type[Exception]) -> Iterator[None]:
             innermost = len(packages) - packages[::-1].index(__package__)
             if packages[innermost:innermost + 1] != ['timm']:
                 raise
-        raise ValueError(f'{message}: {" ".join(str(e).split())[:400] or type(e).__name__}') from e
+        raise NotPossible(f'{message}: {" ".join(str(e).split())[:400] or type(e).__name__}') from e

@@ -558,6 +558,48 @@ def test_a_diverged_run_leaves_its_results_alone(go, monkeypatch, capsys):
     assert (files(run / 'best'), files(run / 'last'), [path.name for path in checkpoints(run)]) == before
 
 
+def test_weights_that_are_no_numbers_become_no_checkpoint(go, monkeypatch, capsys):
+    seed_all = train.seed_all
+
+    def poisoned(*key):
+        if key == (42, 2, 0, 0, 2):  # the third update: its weights can't be numbers, nor is its loss looked at
+            for group in made[0].param_groups:
+                group['lr'] = float('inf')
+        seed_all(*key)
+
+    made = []
+    make_optimizer = train.make_optimizer
+    monkeypatch.setattr(train, 'make_optimizer', lambda *args: made.append(make_optimizer(*args)) or made[-1])
+    monkeypatch.setattr(train, 'seed_all', poisoned)
+    with pytest.raises(SystemExit) as e:
+        go('--recovery-interval', 1, '--log-interval', 1000, experiment='run')
+    err = capsys.readouterr().err
+    assert e.value.code == 1 and 'Loss or weights are not finite in epoch 1, at update 3, learning rate inf' in err
+    assert 'go on from update-00000002 with --resume and a smaller --lr' in err
+
+
+@pytest.mark.parametrize('error, words', [
+    (OSError(28, 'No space left on device'), 'error: [Errno 28] No space left on device; update-00000005'),
+    (RuntimeError('unexpected pos 64'), "update-00000010 can't be written: unexpected pos 64; update-0")], ids=str)
+def test_a_full_disk_is_one_line_and_costs_no_result(go, monkeypatch, capsys, error, words):
+    whole = go(experiment='whole')
+    save_state = Accelerator.save_state
+
+    def full(accelerator, folder):
+        if 'update-00000010' in folder:
+            raise error
+        return save_state(accelerator, folder)
+
+    monkeypatch.setattr(Accelerator, 'save_state', full)
+    with pytest.raises(SystemExit) as e:
+        go(experiment='run')
+    (line,) = capsys.readouterr().err.splitlines()
+    assert e.value.code == 1 and words in line
+    assert 'update-00000005 is whole, go on from it with the same command and --resume --experiment run.' in line
+    monkeypatch.setattr(Accelerator, 'save_state', save_state)
+    assert equal(weights(go('--resume', experiment='run')), weights(whole))
+
+
 def test_leftovers_of_killed_runs_are_cleaned_up(go):
     run = go('--epochs', 1, experiment='run')
     best = files(run / 'best')

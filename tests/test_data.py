@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import ewa.data
@@ -283,3 +284,32 @@ def test_images_that_cant_be_read_are_counted(folder, tmp_path, content, workers
     assert complaint(val).startswith("2 of 40 images can't be read, they are left out; the first is ankle-boot")
     assert sum(map(len, calibration_batches(val, argparse.Namespace(
         **vars(args), calibration_images=40), CONFIG))) == 38
+
+
+def test_image_files_that_are_not_read_are_counted(folder, tmp_path):
+    root = copied(folder, tmp_path)
+    paths = sorted((root / 'train').rglob('*.png'))[:2]
+    for path in paths:
+        Image.open(path).save(path.with_suffix('.webp'))
+        path.unlink()
+    (root / 'train' / 'bag' / 'notes.txt').write_text('no image')
+    args = options('--data-dir', root)
+    assert complaint(SeededDataset(opened(args), 0)) == (
+        '2 image files are left out, of other types than those read (give --input-key ".jpg;.png;...") or of no class; '
+        f'the first is {paths[0].with_suffix(".webp")}')
+    assert complaint(opened(options('--data-dir', root, '--input-key', '.jpg;.png;.webp'))) == ''
+    (tmp_path / 'map.txt').write_text('bag\ncoat\n')
+    part = opened(options('--data-dir', folder, '--class-map', tmp_path / 'map.txt'))
+    assert len(part) == 16 and complaint(part).startswith('64 image files are left out')
+
+
+@pytest.mark.parametrize('split, is_training', [('train', True), ('validation', False)])
+def test_a_split_of_which_nothing_can_be_read_is_refused(folder, tmp_path, split, is_training):
+    root = copied(folder, tmp_path)
+    paths = sorted((root / ('train' if is_training else 'val')).rglob('*.*'))
+    for path in paths[1:]:
+        path.write_bytes(b'no image')
+    assert len(opened(options('--data-dir', root), split, is_training)) == len(paths)
+    paths[0].write_bytes(b'')
+    with pytest.raises(OSError, match='None of (40|50) images that were tried can be read, .*ankle-boot.*is the first'):
+        opened(options('--data-dir', root), split, is_training)
