@@ -110,7 +110,7 @@ class _Help(argparse.HelpFormatter):
 # flag, argument of `to_moe`, settings of the flag; `renormalise` is given by --model-kwargs
 MOE_FLAGS: Tuple[Tuple[str, str, Dict[str, Any]], ...] = (
     ('--num-experts', 'num_experts', dict(
-        type=Number(int, 2), metavar='N', help='experts a MoE layer; makes a dense model a MoE')),
+        type=Number(int, 2, 1024), metavar='N', help='experts a MoE layer; makes a dense model a MoE')),
     ('--moe-layers', 'layers', dict(
         metavar='WHICH', help='every:K, last:K, all, block indices "1,3,5", or a regular expression over names')),
     ('--expert-init', 'init', dict(

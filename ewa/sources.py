@@ -5,15 +5,19 @@ Whatever timm or a reader of files has to say of a wrong name, argument or file 
 import argparse
 import difflib
 import json
+import math
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
+from safetensors import SafetensorError, safe_open
 from timm.models import get_model_input_config, load_state_dict
 from timm.models._hub import load_model_config_from_path
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .checkpoint import load_ema, read_state
 from .distillation import forward_flops
@@ -42,7 +46,57 @@ def read_config(directory: Path) -> Dict[str, Any]:
     for key, kind in (('model_args', dict), ('pretrained_cfg', dict), ('ewa', dict), ('label_names', list)):
         if not isinstance(config.get(key) or kind(), kind):
             raise ValueError(f'{path} is damaged: its entry {key} is {str(config[key])[:80]!r}.')
+    others = [name for name in config.get('label_names') or () if not isinstance(name, str)]
+    if others:
+        raise ValueError(f'{path} is damaged: an entry of label_names is {str(others[0])[:80]!r}.')
     return config
+
+
+# arguments of which a model makes as many parts, each with tensors of its own; and others that are whole numbers
+_PARTS = ('depth', 'depths', 'num_experts', 'num_shared')
+_SIZES = ('patch_size', 'img_size', 'embed_dim', 'num_heads', 'in_chans', 'num_classes', 'top_k')
+
+
+def check_counts(arguments: Mapping[str, Any], weights: Path, where: Path) -> None:
+    """Refuse counts of parts that the weights of a model do not have: it would be built without end.
+
+    Args:
+        arguments: Of the model.
+        weights: Its file.
+        where: File that the arguments are from.
+
+    Raises:
+        ValueError: There is such a count, or one that is no number.
+    """
+    with suppress(OSError, SafetensorError):  # said by who reads them
+        with safe_open(weights, 'pt') as tensors:
+            shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118  no dictionary
+        for key in {*_PARTS, *_SIZES} & arguments.keys():
+            limit = len(shapes) if key in _PARTS else sum(map(math.prod, shapes))
+            for number in tree_leaves(arguments[key]):
+                if isinstance(number, bool) or (isinstance(number, int) and number > limit):
+                    raise ValueError(
+                        f'{where} is damaged: its {key} is {number}, and {weights.name} has {len(shapes)} tensors.')
+
+
+def check_folder(directory: Path) -> Dict[str, Any]:
+    """The `config.json` of a model folder, which may be true of the weights beside it.
+
+    Raises:
+        ValueError: It is not, or it is damaged.
+    """
+    config = read_config(directory)
+    arguments = {key: config[key] for key in ('num_classes',) if key in config}
+    arguments.update(config.get('model_args') or {})
+    check_counts(arguments, directory / 'model.safetensors', directory / 'config.json')
+    return config
+
+
+def _check_name(name: str) -> None:
+    """`check_folder` for a name that is a folder's, if there is one: else timm says what is missing."""
+    source, _, folder = name.partition(':')
+    if source == 'local-dir' and (Path(folder) / 'config.json').is_file():
+        check_folder(Path(folder))
 
 
 def load(directory: PathLike, ema: bool = False, layout: Optional[str] = None, **kwargs) -> nn.Module:
@@ -71,7 +125,7 @@ def load(directory: PathLike, ema: bool = False, layout: Optional[str] = None, *
         if not (directory / name).is_file():
             kind = 'has no EMA weights' if name == 'ema.safetensors' else 'is not a model folder'
             raise FileNotFoundError(f'{directory} {kind}: it has no {name}.')
-    read_config(directory)
+    check_folder(directory)
     if ema:
         kwargs['pretrained_cfg_overlay'] = dict(source='', file='', state_dict=load_ema(directory))
     with foreign(f'{directory} can\'t be loaded' + f' with {kwargs}' * bool(kwargs and not ema)):
@@ -82,6 +136,7 @@ def _load_checkpoint_folder(directory: Path, ema: bool, kwargs: Dict[str, Any]) 
     state = read_state(directory)
     if not ema and not (directory / 'model.safetensors').is_file():  # lost, or in shards
         raise ValueError(f'{directory} has no model.safetensors: give the model folder of its run, last/ or best/.')
+    check_counts(state.model, directory / f'{"ema" if ema else "model"}.safetensors', directory / 'state.json')
     weights = load_ema(directory) if ema else read_weights(directory / 'model.safetensors')
     args = dict(state.model)
     architecture = args.pop('architecture')
@@ -220,6 +275,7 @@ def load_teacher(name: str, num_classes: int, image_shape: Sequence[int]) -> Tup
         ValueError: There is no such model, or it has other classes or takes other images than the student.
     """
     try:
+        _check_name(name)
         with foreign('timm can\'t make it'):
             teacher = timm.create_model(name, pretrained=True)
     except ValueError as e:
@@ -283,6 +339,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         in_chans=args.in_chans, num_classes=args.num_classes, global_pool=args.gp, drop_rate=args.drop,
         drop_path_rate=args.drop_path).items() if v is not None})
 
+    _check_name(name)
     given = args.initial_checkpoint or args.pretrained_path
     problem = f'{name} can\'t be made with {kwargs}'
     if given:

@@ -244,11 +244,30 @@ def test_a_mistake_of_ours_inside_a_call_of_timm_stays_what_it_is(tiny, tmp_path
 
 
 @pytest.mark.parametrize('key, value', [
-    ('ewa', ['x']), ('label_names', 3), ('pretrained_cfg', 'x'), ('model_args', [1])])
+    ('ewa', ['x']), ('label_names', 3), ('label_names', ['bag', 3]), ('pretrained_cfg', 'x'), ('model_args', [1])])
 def test_entries_of_another_type_are_named(trained, tmp_path, key, value):
     folder = Path(shutil.copytree(trained / 'best', tmp_path / 'best'))
     config = json.loads((folder / 'config.json').read_text())
     (folder / 'config.json').write_text(json.dumps({**config, key: value}))
     code, lines = fails(run_convert, folder, '--output', tmp_path / 'vit')
-    assert code == 2 and len(lines) == 1 and f'is damaged: its entry {key} is' in lines[0]
+    assert code == 2 and len(lines) == 1 and 'is damaged: ' in lines[0] and key in lines[0]
     assert not (tmp_path / 'vit').exists()
+
+
+@pytest.mark.parametrize('key, value', [
+    ('depth', 10 ** 9), ('num_experts', 10 ** 9), ('embed_dim', 10 ** 9), ('img_size', [10 ** 9, 28]),
+    ('num_classes', 10 ** 9), ('patch_size', True)])
+def test_counts_are_bound_by_the_weights(trained, folder, tmp_path, key, value):
+    run = Path(shutil.copytree(trained, tmp_path / 'run'))
+    checkpoint = checkpoints(run)[-1]
+    for path, part in ((run / 'best' / 'config.json', 'model_args'), (checkpoint / 'state.json', 'model')):
+        entries = json.loads(path.read_text())
+        (entries if key in entries else entries[part])[key] = value
+        path.write_text(json.dumps(entries))
+        with pytest.raises(ValueError, match=f'{path} is damaged: its {key} is .*safetensors has [0-9]* tensors'):
+            ewa.load(path.parent)
+    name = f'local-dir:{run / "best"}'
+    with pytest.raises(ValueError, match=f'is damaged: its {key} is'):
+        load_teacher(name, 10, (1, 28, 28))
+    with pytest.raises(ValueError, match=f'is damaged: its {key} is'):
+        build_model(train_parser().parse_args(['--model', name, '--in-chans', '1']))
