@@ -2,6 +2,7 @@
 import argparse
 import ctypes
 import gc
+import os
 import platform
 import statistics
 import subprocess
@@ -129,9 +130,13 @@ def peak(function: Callable[[], Any]) -> int:
     return most - before
 
 
-def in_process(script: str, *flags: Any) -> str:
-    """The last line that a benchmark prints in a process of its own, where memory is counted from nothing."""
-    done = subprocess.run([sys.executable, '-m', f'benchmarks.{script}', *map(str, flags)], cwd=ROOT,
+def in_process(script: str, *flags: Any, trim: bool = False) -> str:
+    """The last line that a benchmark prints in a process of its own, where memory is counted from nothing.
+
+    With `trim`, glibc gives back at once what is freed, which takes time; else a peak has what it keeps.
+    """
+    env = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'} if trim else None
+    done = subprocess.run([sys.executable, '-m', f'benchmarks.{script}', *map(str, flags)], cwd=ROOT, env=env,
                           check=True, stdout=subprocess.PIPE, text=True)
     return done.stdout.splitlines()[-1]
 

@@ -5,8 +5,8 @@
 With `P` bytes of parameters (those of all experts included), `B` of the largest block and `A` of activations: one
 process takes `A + 4P` (parameter, gradient, two moments of AdamW), DDP `A + 5P` (a copy of the gradients is what is
 sent), FSDP2 on `n` processes `A + 4P/n + 4B` (parameters and gradients of a block, and of the one that is fetched
-ahead). `A` is what the dense model takes in one process beyond `4P`. All processes are on this machine (gloo); each
-has one CPU thread.
+ahead). `A` is what the dense model takes in one process beyond `4P`; in mean form the weights of the experts, which
+are computed in the forward pass, come to it. All processes are on this machine (gloo); each has one CPU thread.
 """
 import os
 import tempfile
@@ -77,7 +77,6 @@ def main() -> None:
     if args.one:
         way, experts, form = args.one
         with tempfile.TemporaryDirectory() as folder:
-            os.environ['MALLOC_MMAP_THRESHOLD_'] = '65536'  # else glibc keeps what was freed
             torch.multiprocessing.spawn(
                 run, (folder, way, args.model, args.batch_size, int(experts), form), nprocs=WAYS[way])
             with open(f'{folder}/result', encoding='utf-8') as f:
@@ -85,15 +84,16 @@ def main() -> None:
         return
 
     rows = []
-    activations = 0
+    activations = dense = 0
     for experts, form in ((1, 'experts'), *((4, form) for form in args.forms)):
         for way, count in WAYS.items():
             line = in_process(
-                'processes', '--model', args.model, '--batch-size', args.batch_size, '--one', way, experts, form)
+                'processes', '--model', args.model, '--batch-size', args.batch_size, '--one', way, experts, form, trim=True)
             found, whole, block = map(int, line.split())
-            activations = activations or found - 4 * whole
+            activations, dense = activations or found - 4 * whole, dense or whole
+            computed = whole - dense if form == 'mean' else 0  # weights of experts, forward to backward
             states = dict(zip(WAYS, (4 * whole, 5 * whole, 4 * whole // count + 4 * block)))
-            expected = activations + states[way]
+            expected = activations + computed + states[way]
             name = 'dense' if experts == 1 else f'EWA, {experts} experts, every:2{", mean form" * (form == "mean")}'
             rows.append((name, way, found / 2 ** 20, expected / 2 ** 20, f'{found / expected:.3f}'))
     table(f'Peak memory of each process, training {args.model}, batch {args.batch_size}, float32, AdamW', '',
