@@ -77,7 +77,7 @@ def main() -> None:
             found[script] += f'`python {command}`\n\n{done.stdout.strip()}\n\n'
         text = f'# Benchmarks on {"a GPU" if DEVICE.type == "cuda" else "a CPU"}\n\nWritten by `python -m benchmarks`; '
         text += '[questions and targets](README.md).\n\n'
-        text += ''.join(f'## {name}.py\n{found[name]}' for name in runs if name in found)
+        text += ''.join(f'## {name}.py\n\n{found[name].strip()}\n\n' for name in runs if name in found)
         path.write_text(text.rstrip() + '\n', encoding='utf-8')
         print(f'{script}: {time.time() - started:.0f} s', flush=True)
 

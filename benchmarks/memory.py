@@ -4,8 +4,8 @@
     python -m benchmarks.memory --model vit_base_patch16_224 --batch-size 64 --experts 2 4 8 16
 
 Expected: `dense + (E-1) * FFN bytes * 4`, with one FFN's bytes for the parameter, the gradient and two moments of
-AdamW; in mean form `E` in the place of `E-1`, and the weights of the experts, `E * FFN bytes`, which are computed in the
-forward pass and needed until the backward. Each variant is a process of its own; its peak leaves out what
+AdamW; in mean form `E` in the place of `E-1`, and the weights of the experts, `E * FFN bytes`, which are computed in
+the forward pass and needed until the backward. Each variant is a process of its own; its peak leaves out what
 Python and torch take before there is a model.
 """
 import ewa
@@ -50,7 +50,8 @@ def main() -> None:
         return
 
     def one(*variant: object) -> tuple:
-        line = in_process('memory', '--model', args.model, '--batch-size', args.batch_size, '--one', *variant, trim=True)
+        line = in_process(
+            'memory', '--model', args.model, '--batch-size', args.batch_size, '--one', *variant, trim=True)
         return tuple(map(int, line.split()))
 
     dense, _ = one(1, 'all', 'experts')

@@ -88,7 +88,8 @@ def main() -> None:
     for experts, form in ((1, 'experts'), *((4, form) for form in args.forms)):
         for way, count in WAYS.items():
             line = in_process(
-                'processes', '--model', args.model, '--batch-size', args.batch_size, '--one', way, experts, form, trim=True)
+                'processes', '--model', args.model, '--batch-size', args.batch_size, '--one', way, experts, form,
+                trim=True)
             found, whole, block = map(int, line.split())
             activations, dense = activations or found - 4 * whole, dense or whole
             computed = whole - dense if form == 'mean' else 0  # weights of experts, forward to backward

@@ -292,7 +292,7 @@ def test_every_run_of_a_study_is_a_command_line_of_the_scripts(study, name, gpu,
 def test_stored_results_are_those_of_the_runs_of_today(data, images, tmp_path, monkeypatch):
     for module in (setting, *(study for study in vars(studies).values() if hasattr(study, 'subset'))):
         monkeypatch.setattr(module, 'subset', lambda source, count, target, classes=None: target)
-    for module in (studies.gathering, studies.refit):
+    for module in (studies.gathering, studies.real, studies.refit):
         monkeypatch.setattr(module, 'classes_of', lambda tar: {'all': range(images)})
     monkeypatch.setattr(studies.finetune, 'classes_of', lambda tar: {str(i): [] for i in range(10)})
     s = setting.setting(tmp_path / data, tmp_path / 'work', False, None)

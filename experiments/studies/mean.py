@@ -8,6 +8,7 @@ from .tune import chosen
 
 SEARCH = tuple((rate, spread) for spread in (0.3, 1.) for rate in (0.1, 0.01, 0.3))
 RATE, SPREAD = 0.1, 0.3  # of a prototype with seeds 0 to 4 of glyphs
+WEAK = 0.01  # the other rate, of the lowest validation loss in the search on Fashion
 CONTROLS = ('random signs', 'one expert a batch')
 
 
@@ -24,7 +25,7 @@ def runs(s: Setting) -> Iterator[List[Run]]:
         result = []
         for seed in range(5, 5 + (s.seeds or 5)):
             for variant in variants:
-                form: Flags = {} if variant == 'dense' else mean_form(RATE, SPREAD)
+                form: Flags = {} if variant == 'dense' else mean_form(WEAK if variant == weak else RATE, SPREAD)
                 control = f'{variant} {form.pop("spread"):g}' if variant in CONTROLS else ''
                 if control:
                     form.pop('expert-form')
@@ -32,6 +33,7 @@ def runs(s: Setting) -> Iterator[List[Run]]:
                 result.append(s.train(variant, labels, size, epochs, control, **form, **flags))
         return result
 
+    weak = f'mean form, {WEAK:g}'
     flags = chosen(s, 'dense', long, 2)
     pair = ('dense', 'mean form')
     yield compared(s.size, long, flags, pair)
@@ -40,6 +42,9 @@ def runs(s: Setting) -> Iterator[List[Run]]:
                    s.size, long, **mean_form(rate, spread), **flags) for rate, spread in SEARCH]
     yield compared(s.size * 4, long // 2, flags, pair)
     yield compared(s.size, short, chosen(s, 'dense', short, 2), pair)
+    yield compared(s.size, long, flags, (weak,))
+    yield compared(s.size, short, chosen(s, 'dense', short, 2), (weak,))
+    yield compared(s.size * 4, long // 2, flags, (weak,))
 
 
 def tables(lines: Lines, name: str) -> str:
@@ -83,7 +88,7 @@ def against_dense(lines: Lines) -> str:
 
 STUDY = Study(
     question='In mean coordinates, is EWA nowhere worse than a dense model, and what of it acts?',
-    cost='46 runs, 1.2 hours (without the large size: 0.8)',
+    cost='61 runs, 1.6 hours (without the large size: 0.8)',
     runs=runs,
     tables=tables,
     setup="""
@@ -94,6 +99,16 @@ are multiplied by random signs, one for each weight and the same for all experts
 expert a batch": all tokens of a batch go through one random expert of each layer.
 """,
     notes=dict(
+        fashion=Notes(title='Fashion-MNIST', setup="""
+"Mean form, 0.01": share rate 0.01, which had the lowest validation loss but one in the search at hardly another top-1.
+""", reading="""
+- At share rate 0.1 and spread 0.3 the mean form is level with the dense model in all three cells, in top-1 and in loss,
+  within half a point: where the published form loses 0.7 to 2 points ([main](main-fashion.md), other seeds), it loses
+  none. Nor does it gain.
+- Both controls do what it does. "Random signs", whose deviations mean nothing, is 0.30 below the dense model (0.03 to
+  0.58), as far as the mean form itself; one expert a batch, without partition, 0.40.
+- A weaker pull, whose validation loss was lower on the one seed of the search, is level too, over four seeds.
+"""),
         glyphs=Notes(title='glyphs', setup="""
 First of its stages alone, and the share rates and spreads. The model and its flags are those of [main](main-glyphs.md).
 """, reading="""

@@ -28,14 +28,18 @@ def runs(s: Setting) -> Iterator[List[Run]]:
         'model': ARCHITECTURE, 'pretrained-path': str(work / 'weights'), 'epochs': 4, 'warmup-epochs': 1, 'lr': 3e-4,
         'layer-decay': 0.75})
     seed = 0
-    yield [Run(f'{kind}-{seed}', dict(tuned, seed=seed, **flags), dict(kind=kind, seed=seed))
-           for kind, flags in (('moe', GATED), ('dense', {}))]
+
+    def fine_tuned(kind: str, flags: Flags) -> List[Run]:
+        return [Run(f'{kind}-{seed}', dict(tuned, seed=seed, **flags), dict(kind=kind, seed=seed))]
+
+    yield fine_tuned('moe', GATED)
     source = str(work / f'moe-{seed}' / 'last')
     folders = {method: f'{method.replace(", ", "-").replace(" ", "-")}-{seed}' for method in METHODS}
     yield [Run(folders[method],
                dict(s.converting(), **{'data-dir': str(data), 'batch-size': 32, 'calibration-images': 512}, **flags),
                dict(kind='gathered', method=method, seed=seed), 'convert', source)
            for method, flags in METHODS.items()]
+    yield fine_tuned('dense', {})
     yield [Run(f'distil-{folders[method]}', dict(common, **{
         'model': f'local-dir:{work / folders[method]}', 'epochs': 1, 'warmup-epochs': 0, 'lr': 1e-4, 'seed': seed,
         'layer-decay': 0.75, 'teacher': f'local-dir:{source}', 'kd-temperature': 2.0, 'task-loss-weight': 0.5}),
