@@ -46,6 +46,10 @@ def read_config(directory: Path) -> Dict[str, Any]:
     for key, kind in (('model_args', dict), ('pretrained_cfg', dict), ('ewa', dict), ('label_names', list)):
         if not isinstance(config.get(key) or kind(), kind):
             raise ValueError(f'{path} is damaged: its entry {key} is {str(config[key])[:80]!r}.')
+    for key in ('mean', 'std'):
+        pixel = (config.get('pretrained_cfg') or {}).get(key)
+        if pixel is not None and not (isinstance(pixel, list) and all(isinstance(x, (int, float)) for x in pixel)):
+            raise ValueError(f'{path} is damaged: its entry pretrained_cfg.{key} is {str(pixel)[:80]!r}.')
     others = [name for name in config.get('label_names') or () if not isinstance(name, str)]
     if others:
         raise ValueError(f'{path} is damaged: an entry of label_names is {str(others[0])[:80]!r}.')
@@ -74,7 +78,7 @@ def check_counts(arguments: Mapping[str, Any], weights: Path, where: Path) -> No
         for key in {*_PARTS, *_SIZES} & arguments.keys():
             limit = len(shapes) if key in _PARTS else sum(map(math.prod, shapes))
             for number in tree_leaves(arguments[key]):
-                if isinstance(number, bool) or (isinstance(number, int) and number > limit):
+                if isinstance(number, bool) or (isinstance(number, int) and not 0 <= number <= limit):
                     raise ValueError(
                         f'{where} is damaged: its {key} is {number}, and {weights.name} has {len(shapes)} tensors.')
 

@@ -110,7 +110,7 @@ def to_moe(
     """
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 2:
         raise ValueError(f'num_experts must be a whole number of at least 2, got {num_experts!r}.')
-    if not callable(router) and router not in ROUTERS:
+    if not callable(router) and (not isinstance(router, str) or router not in ROUTERS):
         raise ValueError(
             f'router must be {", ".join(map(repr, ROUTERS))} or a function of a list of experts, got {router!r}; make '
             f'a router of your own known with ewa.moe.register_router.')

@@ -244,7 +244,8 @@ def test_a_mistake_of_ours_inside_a_call_of_timm_stays_what_it_is(tiny, tmp_path
 
 
 @pytest.mark.parametrize('key, value', [
-    ('ewa', ['x']), ('label_names', 3), ('label_names', ['bag', 3]), ('pretrained_cfg', 'x'), ('model_args', [1])])
+    ('ewa', ['x']), ('label_names', 3), ('label_names', ['bag', 3]), ('pretrained_cfg', 'x'), ('model_args', [1]),
+    ('pretrained_cfg', {'mean': [None]}), ('pretrained_cfg', {'std': 'x'})])
 def test_entries_of_another_type_are_named(trained, tmp_path, key, value):
     folder = Path(shutil.copytree(trained / 'best', tmp_path / 'best'))
     config = json.loads((folder / 'config.json').read_text())
@@ -256,7 +257,7 @@ def test_entries_of_another_type_are_named(trained, tmp_path, key, value):
 
 @pytest.mark.parametrize('key, value', [
     ('depth', 10 ** 9), ('num_experts', 10 ** 9), ('embed_dim', 10 ** 9), ('img_size', [10 ** 9, 28]),
-    ('num_classes', 10 ** 9), ('patch_size', True)])
+    ('num_classes', 10 ** 9), ('patch_size', True), ('num_heads', -1)])
 def test_counts_are_bound_by_the_weights(trained, folder, tmp_path, key, value):
     run = Path(shutil.copytree(trained, tmp_path / 'run'))
     checkpoint = checkpoints(run)[-1]

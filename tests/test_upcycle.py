@@ -256,6 +256,7 @@ ERRORS = [
     (dict(layers=''), 'matches no FFN'),
     (dict(layers='('), 'regular expression'),
     # between them what others have registered
+    (dict(router=[]), 'router must be .* got \\[\\]'),
     (dict(router='hash'), "router must be 'random', 'topk'(, '[^']+')* or a function .* got 'hash'"),
     (dict(init='zeros'), 'init must be'),
     (dict(router='topk', top_k=0), 'top_k must be between 1 and num_experts=4, got 0'),
