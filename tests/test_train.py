@@ -283,7 +283,7 @@ MISTAKES = {
     'negative share rate': ('--share-rate -0.1', '-0.1'),
     'share rate of a dense model': (
         '--model vit_tiny_patch16_224 --model-kwargs patch_size=7 --share-rate 0.1', 'no experts', '--num-experts'),
-    'one expert': ('--num-experts 1', 'at least 2'),
+    'one expert': ('--num-experts 1', 'is not a whole number (2 to 1024)'),
     'no such block': ('--moe-layers 7', '7 is not a block index'),
     'too many batches': ('--batch-size 100', '80 training images', '--batch-size 100'),
     'odd mixup': ('--batch-size 15 --mixup 1', 'even'),
