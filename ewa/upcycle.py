@@ -155,7 +155,8 @@ def to_moe(
             if holders[id(part)] > 1 and next(part.parameters(), None) is not None:
                 where = f'{name}.{key}'.rstrip('.')
                 raise ValueError(
-                    f'{where} is used in several places of the model, so {name} can\'t become a MoE: leave it out.')
+                    f'{where} is used in several places of the model, so {name if key else "it"} can\'t become a MoE: '
+                    f'leave it out.')
         try:
             check_plain([model.get_submodule(name)])
         except ValueError as e:
