@@ -407,5 +407,5 @@ def group_similar(experts: Sequence[FFNWeights], k: int) -> List[List[int]]:
 
 def _check_finite(name: str, layer: MoELayer) -> None:
     for key, parameter in layer.named_parameters():
-        if not bool(parameter.isfinite().all()):
+        if not all(bool(end.isfinite()) for end in parameter.detach().aminmax()):  # no mask of the parameter's size
             raise ValueError(f'{name}: {key} is not finite; take a checkpoint from before it diverged.')

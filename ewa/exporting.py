@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import version
-from .foreign import foreign
+from .foreign import Unfilled, foreign
 from .identity import WEIGHT_CFG, plain_forward
 from .model_card import CARD, OURS, model_card
 from .moe import evaluating, moe_layers
@@ -232,7 +232,7 @@ def write_folder(
 @torch.no_grad()
 def _verify(model: nn.Module, directory: Path) -> None:
     reference = next(model.parameters())
-    with foreign('The exported folder can\'t be loaded again'):
+    with foreign('The exported folder can\'t be loaded again'), Unfilled():
         loaded = timm.create_model(f'local-dir:{directory}', pretrained=True)
     loaded = loaded.to(device=reference.device, dtype=reference.dtype).eval()
     written, read = model.state_dict(), loaded.state_dict()

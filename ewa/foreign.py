@@ -1,7 +1,10 @@
-"""What other libraries complain of, told apart from mistakes of our own."""
+"""Around calls of other libraries: complaints told apart from mistakes of our own, and no work for nothing."""
 from contextlib import contextmanager
 from traceback import walk_tb
-from typing import Iterator, Type
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple, Type
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 class NotPossible(ValueError):
@@ -34,3 +37,26 @@ def foreign(message: str, *errors: Type[Exception]) -> Iterator[None]:
             if packages[innermost:innermost + 1] != ['timm']:
                 raise
         raise NotPossible(f'{message}: {" ".join(str(e).split())[:400] or type(e).__name__}') from e
+
+
+class Unfilled(TorchFunctionMode):
+    """Around the making of a model that is given all its parameters next: they are not drawn at random first.
+
+    Drawing the weights of a large model takes several times as long as reading them. Buffers are filled as ever.
+    """
+    _FILL = (Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_)
+
+    def __torch_function__(
+            self,
+            func: Callable,
+            types: Sequence[type],
+            args: Tuple[Any, ...] = (),
+            kwargs: Optional[Dict[str, Any]] = None,
+    ) -> Any:
+        """Leave a parameter as it is where it would be filled."""
+        kwargs = kwargs or {}
+        filled = args[0] if args else kwargs.get('tensor')
+        if isinstance(filled, nn.Parameter) and (
+                func in self._FILL or getattr(func, '__module__', None) == nn.init.__name__):
+            return filled
+        return func(*args, **kwargs)

@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 import os
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
 
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from .checkpoint import load_ema, read_state
 from .distillation import forward_flops
-from .foreign import foreign
+from .foreign import Unfilled, foreign
 from .options import moe_arguments
 from .released import has_tanh_head, load_released
 from .stacked import unstack
@@ -129,10 +129,13 @@ def load(directory: PathLike, ema: bool = False, layout: Optional[str] = None, *
         if not (directory / name).is_file():
             kind = 'has no EMA weights' if name == 'ema.safetensors' else 'is not a model folder'
             raise FileNotFoundError(f'{directory} {kind}: it has no {name}.')
-    check_folder(directory)
+    config = check_folder(directory)
+    # as it was saved it is loaded strictly, so that nothing is left as it was made
+    whole = not kwargs and (config.get('model_args') or {}).get('num_classes') in (None, config.get('num_classes'))
     if ema:
         kwargs['pretrained_cfg_overlay'] = dict(source='', file='', state_dict=load_ema(directory))
-    with foreign(f'{directory} can\'t be loaded' + f' with {kwargs}' * bool(kwargs and not ema)):
+    with foreign(f'{directory} can\'t be loaded' + f' with {kwargs}' * bool(kwargs and not ema)), (
+            Unfilled() if whole else nullcontext()):
         return timm.create_model(f'local-dir:{directory}', pretrained=True, **kwargs)
 
 
@@ -145,7 +148,7 @@ def _load_checkpoint_folder(directory: Path, ema: bool, kwargs: Dict[str, Any]) 
     args = dict(state.model)
     architecture = args.pop('architecture')
     overlay = dict(state_dict=weights, num_classes=args.get('num_classes'), **state.data_config)
-    with foreign(f'{directory} can\'t be loaded'):
+    with foreign(f'{directory} can\'t be loaded'), nullcontext() if kwargs else Unfilled():
         return timm.create_model(
             architecture, pretrained=True, pretrained_cfg_overlay=overlay, **{**args, **kwargs})
 

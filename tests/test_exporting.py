@@ -443,3 +443,17 @@ class TestWrappers:
     def test_of_two_parts_with_weights_none_is_guessed(self, tiny, tmp_path):
         with pytest.raises(ValueError, match='Module has weights in student and teacher: export the part'):
             ewa.export(self.module(student=tiny(), teacher=tiny()), tmp_path / 'out')
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'swin_tiny_patch4_window7_224', 'convnext_atto'])
+def test_a_model_that_is_loaded_is_not_drawn_first(name, tmp_path):
+    """Parameters come from the file alone: loading draws nothing, as far as timm fills them by torch.nn.init."""
+    model = timm.create_model(name, num_classes=3)
+    ewa.export(model, tmp_path / 'dense')
+    state = torch.get_rng_state()
+    loaded = ewa.load(tmp_path / 'dense')
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    other = ewa.load(tmp_path / 'dense', num_classes=5)  # its new classifier is drawn
+    assert other.get_classifier().weight.std() > 0
+    assert not torch.equal(torch.get_rng_state(), state)
