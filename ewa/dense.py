@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import gathering, refit
 from .calibration import call_order, hold_out, layer_tokens, measure_statistics, sensitivities
 from .ffn import build_ffn, hidden_activations, is_ffn, read_ffn
+from .foreign import foreign
 from .gathering import METHODS, ExpertStatistics, FFNWeights, Method
 from .identity import describe_dense, describe_width, plain_forward
 from .moe import (
@@ -124,7 +125,12 @@ def to_dense(
     for name, layer in layers.items():
         inherit_requires_grad(ffns[name], layer.experts)
     # with the FFNs in the memo, deepcopy takes them where it would copy a layer
-    dense = deepcopy(model, {id(layer): ffns[name] for name, layer in layers.items()})
+    with foreign(f'{type(model).__name__} can\'t be copied', RuntimeError, TypeError):
+        dense = deepcopy(model, {id(layer): ffns[name] for name, layer in layers.items()})
+    for name, part in reversed(list(dense.named_modules())):
+        if hasattr(part, '_orig_mod'):  # a block that was compiled by itself
+            dense.set_submodule(name, part.get_submodule('_orig_mod'))
+    layers = {name.replace('._orig_mod', ''): layer for name, layer in layers.items()}
     plain_forward(dense)
     describe_dense(dense, ARGUMENTS)
     describe_width(dense, layers)
@@ -407,5 +413,7 @@ def group_similar(experts: Sequence[FFNWeights], k: int) -> List[List[int]]:
 
 def _check_finite(name: str, layer: MoELayer) -> None:
     for key, parameter in layer.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f'{name}: {key} is on the meta device, so it has no values: load weights first.')
         if not all(bool(end.isfinite()) for end in parameter.detach().aminmax()):  # no mask of the parameter's size
             raise ValueError(f'{name}: {key} is not finite; take a checkpoint from before it diverged.')

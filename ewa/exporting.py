@@ -196,6 +196,10 @@ def write_folder(
         raise ValueError(
             f'{type(model).__name__} does not carry the name of a timm architecture (model.pretrained_cfg), so no '
             f'folder of it could be loaded again. Create the model with timm.create_model.')
+    if not hasattr(model, 'num_classes'):
+        raise ValueError(
+            f'{type(model).__name__} was created with features_only=True and is no whole {cfg["architecture"]}: export '
+            f'the model created without it; timm makes features of its folder.')
     if class_names is not None and len(class_names) != model.num_classes:
         raise ValueError(f'{len(class_names)} class names were given for a model of {model.num_classes} classes.')
     model = copy.copy(model)  # shallow: only what is replaced here

@@ -10,7 +10,7 @@ spatial gate) is none; nor is a perceptron whose output has another width, as in
 """
 import re
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -30,8 +30,8 @@ class Layout:
         width: `D`.
         hidden: `H`.
         norm: The norm over the hidden units; empty if there is none.
-        others: Other parts with parameters, such as a norm at the input: with them the FFN can be averaged, but not
-            read by hidden units.
+        others: What else there is, such as a norm at the input, buffers or a residual: with it the FFN can be
+            averaged, but not read by hidden units.
         channels_first: Whether the maps are 1x1 convolutions, over `(B, D, height, width)`.
     """
     inputs: Tuple[str, ...]
@@ -66,7 +66,8 @@ def _parts(module: nn.Module, prefix: str = '') -> List[Tuple[str, nn.Module]]:
     return parts
 
 
-_TRIED: Dict[Tuple[type, str], bool] = {}  # type and structure of a module -> whether it treats each token by itself
+_OF_ALL = frozenset(vars(nn.Module()))  # attributes that every module has
+_TRIED: Dict[Tuple[type, str], Tuple[bool, bool]] = {}  # type and looks of a module -> what `_try` found
 
 
 def _layout(module: nn.Module) -> Optional[Layout]:
@@ -95,27 +96,36 @@ def _layout(module: nn.Module) -> Optional[Layout]:
             norm = name
         else:
             others.append(name)
+    others += [name for name, value in module.named_buffers() if value.dim()]
+    if len({getattr(part, 'base_layer', part).bias is None for _, part, _, _ in maps[:-1]}) > 1:
+        others.append('unlike biases')
     return Layout(
         tuple(name for name, *_ in inputs), output, width, hidden, norm, tuple(others), channels_first=kinds == {True})
 
 
 @torch.no_grad()
-def _treats_each_token(module: nn.Module, layout: Layout) -> bool:
-    """Try a copy with random weights on random tokens: shapes stay, and a token's output depends on nothing else."""
+def _tried(module: nn.Module, layout: Layout) -> Tuple[bool, bool]:
+    """What `_try` finds of a copy with random weights."""
     if not is_plain(module):
-        return True  # refused where it would be converted, by name
-    key = type(module), repr(module)
-    if key not in _TRIED:
-        # whatever the caller has set up, such as models built on the meta device or under autocast
-        with torch.device('cpu'), torch.random.fork_rng(devices=[]), torch.autocast('cpu', enabled=False):
-            try:
-                _TRIED[key] = _try(deepcopy(module), layout)
-            except Exception:  # a module of anybody's, called in a way that it was perhaps not made for
-                _TRIED[key] = False
-    return _TRIED[key]
+        return True, True  # refused where it would be converted, by name
+    # modules of one class may differ by a flag or a function that their text does not show
+    own = [{k: v for k, v in vars(part).items() if k not in _OF_ALL} for part in module.modules()]
+    key = type(module), f'{module}{own}'
+    if key in _TRIED:
+        return _TRIED[key]
+    # whatever the caller has set up, such as models built on the meta device or under autocast
+    with torch.device('cpu'), torch.random.fork_rng(devices=[]), torch.autocast('cpu', enabled=False):
+        try:
+            found = _try(deepcopy(module), layout)
+        except Exception:  # a module of anybody's, called in a way that it was perhaps not made for
+            found = False, False
+    if ' at 0x' not in key[1]:  # an address may be somebody else's tomorrow
+        _TRIED[key] = found
+    return found
 
 
-def _try(copy: nn.Module, layout: Layout) -> bool:
+def _try(copy: nn.Module, layout: Layout) -> Tuple[bool, bool]:
+    """Whether shapes stay and a token's output depends on nothing else; whether hidden units can be told apart."""
     copy = copy.to_empty(device='cpu') if any(p.is_meta for p in copy.parameters()) else copy.cpu()
     copy = copy.float().eval()
     for part in copy.modules():
@@ -129,6 +139,9 @@ def _try(copy: nn.Module, layout: Layout) -> bool:
     def run(tokens: Tensor) -> Tensor:
         return on_tokens(copy)(tokens.flatten(0, -2)).reshape(tokens.shape) if layout.channels_first else copy(tokens)
 
+    def near(a: Tensor, b: Tensor) -> bool:
+        return bool((a - b).abs().max() <= 1e-3 * b.abs().max())
+
     for p in copy.parameters():
         p.copy_(random(*p.shape) / max(p[0].numel() if p.dim() else 1, 1) ** 0.5)
     x = random(2, 3, layout.width)
@@ -138,21 +151,45 @@ def _try(copy: nn.Module, layout: Layout) -> bool:
     changed = x.clone()
     changed[0, 0] += 1
     differs = (run(changed) != run(x)).any(-1)
-    alone = run(x.flatten(0, 1)).reshape(x.shape)
-    fed: List[Tensor] = []
-    for name in layout.inputs:
-        copy.get_submodule(name).register_forward_pre_hook(lambda part, args: fed.append(args[0]))
-    run(x)
-    return bool(
-        y.shape == x.shape and differs[0, 0] and differs.sum() == 1
-        and (alone - y).abs().max() <= 1e-3 * y.abs().max()
-        and all(torch.equal(tokens, fed[0]) for tokens in fed))  # not three maps one after the other
+    alone = run(x.flatten(0, 1))
+    maps = [copy.get_submodule(name) for name in (*layout.inputs, layout.output)]
+    calls: Dict[nn.Module, Tuple[Tensor, Tensor]] = {}
+    for part in maps:
+        part.register_forward_hook(  # clones, since activations may work in place
+            lambda part, args, out: calls.update({part: (args[0].flatten(1).clone(), out.flatten(1).clone())}))
+    run(x.flatten(0, 1))
+    inputs = [calls[part][0] for part in maps[:-1]]  # a KeyError where its forward is that of another module
+    if not (y.shape == x.shape and differs[0, 0] and differs.sum() == 1 and near(alone.reshape(x.shape), y)
+            and all(torch.equal(tokens, inputs[0]) for tokens in inputs)):  # not three maps one after the other
+        return False, False
+    if layout.others:
+        return True, False
+
+    # the output is that of the last map, each map is its matrix and bias, and a row of the first ones is a unit
+    apart = near(calls[maps[-1]][1], alone)
+    for part, (tokens, out) in calls.items():
+        apart = apart and near(out, nn.functional.linear(tokens, part.weight.flatten(1), part.bias))
+    unit = min(1, layout.hidden - 1)
+    before = calls[maps[-1]][0]
+    for part in [] if layout.norm else maps[:-1]:
+        for row in part.weight[unit::layout.hidden]:
+            row += 1
+            run(x.flatten(0, 1))
+            after = calls[maps[-1]][0]
+            apart = apart and not bool((after != before).any(0).index_fill(0, torch.tensor(unit), False).any())
+            before = after
+    return True, apart
 
 
 def layout_of(module: nn.Module) -> Optional[Layout]:
     """The layout of an FFN, None for what is none."""
     layout = _layout(module)
-    return layout if layout is not None and _treats_each_token(module, layout) else None
+    if layout is None:
+        return None
+    alone, apart = _tried(module, layout)
+    if alone and not apart and not layout.others:
+        layout = replace(layout, others=('steps of its own',))
+    return layout if alone else None
 
 
 def is_ffn(module: nn.Module) -> bool:
@@ -181,6 +218,10 @@ def describe_ffn(module: nn.Module) -> str:
             return f'its {name} ({type(part).__name__}) takes statistics over tokens'
         if isinstance(part, nn.Conv2d) and _map_size(part) is None:
             return f'its {name} is a convolution over neighbouring tokens'
+    if hasattr(module, '_orig_mod'):
+        return 'it is compiled by itself: call torch.compile after ewa.to_moe'
+    if any('forward' in vars(part) for part in module.modules()):
+        return 'its forward was replaced by a function'
     if _layout(module) is not None:
         parts = [type(part).__name__ for part in module.modules()][1:]
         holds = [name for name in parts if 'norm' in name.lower()]
@@ -352,7 +393,7 @@ def _nearest_ffn(model: nn.Module) -> str:
     """What a model has that looks like an FFN, and why it is none."""
     near: Dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             return f': {name} holds the two linear layers of its FFN itself; give it an FFN module of its own'
         if hasattr(module, 'in_proj') and hasattr(module, 'mlp_act'):  # timm's ParallelScalingBlock
             return f': {name} holds the linear layers of its FFN itself, each in one matrix with those of its attention'

@@ -20,6 +20,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .foreign import foreign
 from .gathering import mean
 from .partition import random_partition
 from .routing import dispatch, load_balancing_loss, top_k_gates, z_loss
@@ -70,7 +71,9 @@ def is_moe(module: nn.Module) -> bool:
 
 def moe_layers(model: nn.Module) -> Iterator[Tuple[str, MoELayer]]:
     """Names and modules of all MoE layers, in the order of `named_modules()`."""
-    return ((name, cast(MoELayer, module)) for name, module in model.named_modules() if is_moe(module))
+    return (
+        (name, cast(MoELayer, module)) for name, module in model.named_modules()
+        if is_moe(module) and not hasattr(module, '_orig_mod'))  # of a compiled layer the one inside
 
 
 def pulled(layer: MoELayer) -> nn.ModuleList:
@@ -250,6 +253,12 @@ def inherit_requires_grad(ffn: nn.Module, experts: Iterable[nn.Module]) -> None:
         parameter.requires_grad_(any(expert.get_parameter(name).requires_grad for expert in experts))
 
 
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy; a ValueError of what torch can't copy, such as an output that a module has kept."""
+    with foreign(f'{type(module).__name__} can\'t be copied', RuntimeError, TypeError):
+        return deepcopy(module)
+
+
 def fuse_experts(experts: Sequence[nn.Module]) -> nn.Module:
     """One new FFN whose weights are the mean of the experts'; it shares no storage with them.
 
@@ -259,7 +268,7 @@ def fuse_experts(experts: Sequence[nn.Module]) -> nn.Module:
     check_plain(experts)
     if not are_alike(experts):
         raise ValueError('Experts of unequal shapes have no mean; prune and do_acp take unequal hidden widths.')
-    ffn = deepcopy(experts[0])
+    ffn = copied(experts[0])
     inherit_requires_grad(ffn, experts)
     with torch.no_grad():
         target = dict([*ffn.named_parameters(), *ffn.named_buffers()])
@@ -392,7 +401,7 @@ class MeanFormMoE(RandomPartitionMoE):
         """New FFNs with the weights of the experts."""
         with torch.no_grad():
             states = self.expert_states()
-            experts = nn.ModuleList(deepcopy(self.mean) for _ in states)
+            experts = nn.ModuleList(copied(self.mean) for _ in states)
             for expert, state in zip(experts, states):
                 for name, p in expert.named_parameters():
                     p.copy_(state[name])
@@ -406,7 +415,7 @@ class MeanFormMoE(RandomPartitionMoE):
 
     def fuse(self) -> nn.Module:
         """The dense FFN this layer computes with in `eval()`: a copy of `mean`."""
-        return deepcopy(self.mean)
+        return copied(self.mean)
 
     def extra_repr(self) -> str:
         return f'router=random, form=mean, spread={self.spread:g}'
@@ -461,6 +470,8 @@ class TopKMoE(nn.Module):
 
     def route(self, tokens: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """Gates `(T, k)`, experts `(T, k)` and logits `(T, E)` of tokens `(T, D)`."""
+        if tokens.is_meta:
+            raise ValueError('A gated MoE layer routes tokens by their values, and on the meta device they have none.')
         with torch.autocast(tokens.device.type, enabled=False):
             bias = None if self.router.bias is None else self.router.bias.float()  # of routers by others
             logits = nn.functional.linear(tokens.float(), self.router.weight.float(), bias)

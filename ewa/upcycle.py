@@ -135,9 +135,11 @@ def to_moe(
             f"expert_ratio={expert_ratio}): the mean of its experts must be the dense FFN. Use router='topk'.")
     if gated and not 1 <= top_k <= num_experts:
         raise ValueError(f'top_k must be between 1 and num_experts={num_experts}, got {top_k}.')
-    converted = [name for name, _ in moe_layers(model)]
+    converted = [name or type(model).__name__ for name, _ in moe_layers(model)]
     if converted:
-        raise ValueError(f'The model already has MoE layers: {", ".join(converted)}. Convert a dense model.')
+        raise ValueError(
+            f'The model already has MoE layers (what holds an nn.ModuleList called experts): {", ".join(converted)}. '
+            f'Convert a dense model.')
     names = select_ffns(model, layers)
     layouts = {name: cast(Layout, layout_of(model.get_submodule(name))) for name in names}
     for name, layout in layouts.items():
@@ -151,6 +153,10 @@ def to_moe(
                 f"use expert_ratio=1 and init='copy'.")
     holders = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for name in names:
+        if name.endswith('._orig_mod'):  # the compiled module would go on calling what it was made of
+            raise ValueError(
+                f'{name.removesuffix("._orig_mod")} can\'t become a MoE layer: it is compiled by itself: call '
+                f'torch.compile after ewa.to_moe.')
         for key, part in model.get_submodule(name).named_modules():
             if holders[id(part)] > 1 and next(part.parameters(), None) is not None:
                 where = f'{name}.{key}'.rstrip('.')

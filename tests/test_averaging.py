@@ -466,6 +466,30 @@ class TestAttach:
         key = 'master' if where == 'state' else where
         assert f'Master keeps a copy of the weights of  (its {key!r}): it may undo' in str(caught[0].message)
 
+    @pytest.mark.parametrize('kept', [False, True])
+    def test_a_model_that_calls_an_ffn_it_kept_is_named(self, tiny, images, kept):
+        class Kept(nn.Module):
+            def __init__(self, vit):
+                super().__init__()
+                self.vit, self.ffns = vit, [vit.blocks[1].mlp]
+
+            def forward(self, x):
+                block = self.vit.blocks[1]
+                return (self.ffns[0] if kept else block.mlp)(block.norm2(self.vit.patch_embed(x)))
+
+        model = Kept(tiny())
+        ewa.to_moe(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=.1)
+        ewa.ExpertAverager(model, .1).attach(optimizer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(images).square().sum().backward()
+                optimizer.step()
+        assert len(caught) == kept
+        assert all('Only some experts of vit.blocks.1.mlp have gradients' in str(w.message) for w in caught)
+
     def test_parameters_may_be_replaced_or_moved_afterwards(self):
         layer = moe_layer()
         optimizer = torch.optim.SGD(layer.parameters(), lr=0)

@@ -102,6 +102,39 @@ def test_wrappers_are_taken_off(tiny, images):
         assert type(vit) is type(model) and torch.equal(vit(images), model(images))
 
 
+@pytest.mark.parametrize('form', ['experts', 'mean'])
+def test_parts_that_were_compiled_by_themselves_come_back_vanilla(tiny, images, tmp_path, form):
+    model = ewa.to_moe(tiny(depth=2), layers='all', init='independent', form=form)
+    for block in model.blocks:
+        block.mlp = torch.compile(block.mlp, backend='eager')
+    model.blocks[1] = torch.compile(model.blocks[1], backend='eager')
+    assert len(list(moe_layers(model))) == 2  # the averager pulls none of them twice
+    dense = ewa.to_dense(model.eval())
+    assert list(dense.state_dict()) == list(tiny(depth=2).state_dict())
+    assert dense.conversion['layers'] == ['blocks.0.mlp', 'blocks.1.mlp']
+    with torch.no_grad():
+        assert torch.equal(dense(images), model(images))
+    ewa.export(dense, tmp_path / 'vit')
+
+
+def test_models_without_values_or_that_torch_cant_copy_are_refused(tiny, images):
+    with torch.device('meta'):
+        model = ewa.to_moe(tiny())
+    with pytest.raises(ValueError, match='blocks.1.mlp: experts.0.fc1.weight is on the meta device'):
+        ewa.to_dense(model)
+    model = ewa.to_moe(tiny())
+    torch.nn.utils.prune.l1_unstructured(model.head, 'weight', .5)
+    model(images)
+    with pytest.raises(ValueError, match='VisionTransformer can.t be copied: .*deepcopy'):
+        ewa.to_dense(model)
+    for form in ('experts', 'mean'):
+        model = ewa.to_moe(tiny(), form=form)
+        layer = model.blocks[1].mlp
+        (layer.mean if form == 'mean' else layer.experts[0]).kept = model(images)
+        with pytest.raises(ValueError, match='blocks.1.mlp: Mlp can.t be copied: .*deepcopy'):
+            ewa.to_dense(model)
+
+
 def test_forward_of_mixed_precision_is_left_behind(tiny, images, tmp_path):
     model = ewa.to_moe(tiny(), init='independent').eval()
     expected = ewa.to_dense(model)(images)

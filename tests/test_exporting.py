@@ -250,6 +250,12 @@ def test_a_model_that_timm_did_not_build_is_refused(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_a_model_of_features_is_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match='created with features_only=True and is no whole vit_tiny_patch16_224'):
+        ewa.export(tiny(features_only=True), tmp_path / 'vit')
+    assert not list(tmp_path.iterdir())
+
+
 def test_class_names_must_be_as_many_as_classes(vit, tmp_path):
     with pytest.raises(ValueError, match='3 class names were given for a model of 10 classes'):
         ewa.export(vit, tmp_path / 'out', class_names=['a', 'b', 'c'])

@@ -1,6 +1,7 @@
 import re
 from collections import OrderedDict
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import timm
@@ -93,6 +94,7 @@ class GatedParts(nn.Module):  # as in LLaMA, DINOv3
     (GatedParts(), ('gate_proj', 'up_proj'), 'down_proj', '', ()),
     (timm.layers.SwiGLU(8, 20, norm_layer=nn.LayerNorm), ('fc1_g', 'fc1_x'), 'fc2', 'norm', ()),
     (timm.layers.ConvMlp(8, 20), ('fc1',), 'fc2', '', ()),
+    (timm.layers.ConvMlp(8, 20, act_layer=partial(nn.ReLU, inplace=True)), ('fc1',), 'fc2', '', ()),
     (nn.Sequential(nn.Conv2d(8, 20, 1, bias=False), timm.models.metaformer.StarReLU(), nn.Conv2d(20, 8, 1, bias=False)),
      ('0',), '2', '', ('1',)),
 ], ids=str)
@@ -121,6 +123,75 @@ def test_ffns_are_found_in_whatever_surroundings():
     assert layout_of(module) and torch.equal(torch.get_rng_state(), state)
 
 
+class Shifting(nn.Module):
+    def __init__(self, shift):
+        super().__init__()
+        self.fc1, self.act, self.fc2, self.shift = nn.Linear(8, 20), nn.GELU(), nn.Linear(20, 8), shift
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x.roll(1, -2) if self.shift else x)))
+
+
+def test_modules_of_one_class_and_text_are_told_apart():
+    assert layout_of(Shifting(False)) and not layout_of(Shifting(True)) and layout_of(Shifting(False))
+    module = Shifting(False)
+    module.forward = module.forward  # of a copy it is the copy's
+    assert layout_of(module)
+    module.forward = lambda x, forward=module.forward: 2 * forward(x)  # of every copy it is the one of this module
+    assert not layout_of(module) and describe_ffn(module) == 'its forward was replaced by a function'
+    assert 'compiled by itself' in describe_ffn(torch.compile(Shifting(False), backend='eager'))
+
+
+class Residual(timm.layers.Mlp):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Standardised(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight / self.weight.std(1, keepdim=True), self.bias)
+
+
+class WithBuffer(timm.layers.Mlp):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer('scale', torch.rand(20))
+
+    def forward(self, x):
+        return self.fc2(self.scale * self.act(self.fc1(x)))
+
+
+class Interleaved(nn.Module):  # a GLU whose two matrices take turns by rows
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 40), nn.Linear(20, 8)
+
+    def forward(self, x):
+        gate, x = self.fc1(x).unflatten(-1, (20, 2)).unbind(-1)
+        return self.fc2(gate.sigmoid() * x)
+
+
+one_bias = GatedParts()
+one_bias.up_proj.bias = None
+
+
+@pytest.mark.parametrize('module, others', [
+    (one_bias, 'unlike biases'),
+    (Residual(8, 20), 'steps of its own'),
+    (nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 8), nn.ReLU()), 'steps of its own'),
+    (nn.Sequential(nn.Linear(8, 20), nn.GELU(), Standardised(20, 8)), 'steps of its own'),
+    (nn.Sequential(Standardised(8, 20), nn.GELU(), nn.Linear(20, 8)), 'steps of its own'),
+    (nn.Sequential(nn.Linear(8, 20), nn.LayerNorm(20, elementwise_affine=False), nn.Linear(20, 8)), 'steps of its own'),
+    (nn.Sequential(nn.Linear(8, 20), nn.Softmax(-1), nn.Linear(20, 8)), 'steps of its own'),
+    (Interleaved(), 'steps of its own'),
+    (WithBuffer(8, 20), 'scale'),
+], ids=str)
+def test_what_is_no_sum_of_hidden_units_is_averaged_but_not_taken_apart(module, others):
+    assert layout_of(module).others == (others,) and not is_ffn(module)
+    with pytest.raises(ValueError, match=f"has {others} beside its maps, so its hidden units can't be taken apart"):
+        read_ffn(module)
+
+
 @pytest.mark.parametrize('module, reason', [
     (nn.Sequential(nn.Linear(8, 20), SpatialGate(), nn.Linear(20, 8)), 'does not treat each token by itself'),
     (timm.layers.GlobalResponseNormMlp(8, 20), 'does not treat each token by itself (it holds a GlobalResponseNorm)'),
@@ -140,6 +211,8 @@ def test_what_is_no_ffn_says_why(module, reason):
 def test_an_encoder_layer_that_holds_its_linears_itself_is_named():
     with pytest.raises(ValueError, match='no FFN to convert: layers.0 holds the two linear layers of its FFN itself'):
         select_ffns(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2), 'every:2')
+    with pytest.raises(ValueError, match='no FFN to convert: layers.0 holds the two linear layers of its FFN itself'):
+        select_ffns(nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16), 2), 'every:2')
     with pytest.raises(ValueError, match=r'no FFN to convert: stages.0.blocks.0.mlp is none, since its dwconv'):
         select_ffns(timm.create_model('pvt_v2_b0'), 'every:2')
 

@@ -415,6 +415,10 @@ class TestTopK:
         assert all(p.grad is not None for p in layer.parameters())
         assert layer(torch.zeros(0, 8)).shape == (0, 8)
 
+    def test_without_values_it_says_that_it_cant_route(self):
+        with torch.device('meta'), pytest.raises(ValueError, match='on the meta device they have none'):
+            TopKMoE([Mlp(8, 16), Mlp(8, 16)], 8)(torch.empty(2, 3, 8))
+
     def test_has_no_fuse(self):
         assert not hasattr(gated_layer(), 'fuse')
 

@@ -321,6 +321,16 @@ def test_ffns_that_share_parameters_are_refused(tiny):
     ewa.to_moe(model)
 
 
+def test_ffns_that_were_compiled_by_themselves_are_refused(tiny):
+    model = tiny()
+    model.blocks[1].mlp = torch.compile(model.blocks[1].mlp, backend='eager')
+    text = repr(model)
+    for layers in ('every:2', ['blocks.1.mlp']):
+        with pytest.raises(ValueError, match=r'blocks.1.mlp can.t become a MoE layer: it is compiled by itself'):
+            ewa.to_moe(model, layers=layers)
+    assert repr(model) == text
+
+
 class Halved(RandomPartitionMoE):
     def forward(self, x):
         return super().forward(x) / 2
@@ -356,9 +366,13 @@ class TestRouters:
 def test_a_converted_model_is_refused(tiny):
     model = ewa.to_moe(tiny())
     text = repr(model)
-    with pytest.raises(ValueError, match='already has MoE layers: blocks.1.mlp, blocks.3.mlp'):
+    with pytest.raises(ValueError, match=r'already has MoE layers \(.*\): blocks.1.mlp, blocks.3.mlp. Convert'):
         ewa.to_moe(model, layers=[0])
     assert repr(model) == text
+    ensemble = tiny()
+    ensemble.experts = nn.ModuleList([ensemble.head])
+    with pytest.raises(ValueError, match=r'holds an nn.ModuleList called experts\): VisionTransformer. Convert'):
+        ewa.to_moe(ensemble)
 
 
 def test_a_model_without_ffns_is_refused(tiny):
