@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from .moe import MoELayer, RandomPartitionMoE, are_alike, check_plain, moe_layers, pulled
+from .moe import MeanFormMoE, MoELayer, RandomPartitionMoE, TopKMoE, are_alike, check_plain, moe_layers, pulled
 from .pull import local, max_share_rate, pull_
 
 SCHEDULES = ('constant', 'linear', 'cosine')
@@ -187,7 +187,6 @@ class ExpertAverager:
         self.pulls = 0
         self._handle: Optional[RemovableHandle] = None
         self._stepping = False
-        self._looked = True
 
     @property
     def share_rate(self) -> float:
@@ -263,7 +262,6 @@ class ExpertAverager:
         self._handle = _Handle(optimizer.register_step_post_hook(self._after_step), before)
         for _, layer in moe_layers(self.model):
             _ATTACHED[layer] = weakref.ref(self)
-        self._looked = False
         return self._handle
 
     def is_attached(self) -> bool:
@@ -282,8 +280,7 @@ class ExpertAverager:
         found_inf = getattr(optimizer, 'found_inf', None)
         if found_inf is None or not bool(found_inf):
             self.step()
-            if not self._looked:
-                self._looked = True
+            if self.steps == 1:
                 self._warn_of_unused()
             if self.steps == _LOOK_AGAIN:
                 self._warn_of_copies(optimizer)
@@ -291,12 +288,15 @@ class ExpertAverager:
     def _warn_of_unused(self) -> None:
         """Say it where the model calls an FFN that it has kept hold of, not the layer that took its place."""
         for name, layer in moe_layers(self.model):
-            # of this class, whatever the partition, all experts have gradients or none has
-            if type(layer) is RandomPartitionMoE and any(
-                    len({p.grad is None for p in parameters}) > 1 for parameters in zip_parameters(name, layer)):
+            if not layer.training or type(layer) not in (RandomPartitionMoE, MeanFormMoE, TopKMoE):
+                continue
+            # all parts of these layers have gradients, whatever the partition, or none
+            parts = [layer.mean if isinstance(layer, MeanFormMoE) else pulled(layer)[0], pulled(layer)[-1]]
+            first, last = ({p.grad is not None for p in part.parameters() if p.requires_grad} for part in parts)
+            if True in first and last == {False}:
                 warnings.warn(
-                    f'Only some experts of {name} have gradients: the model does not call this layer but an FFN in it, '
-                    f'which it has kept in a list or a function since before ewa.to_moe. Let it call its submodule.',
+                    f'{name} was not called, only an FFN in it: the model has kept this FFN in a list or a function '
+                    f'since before ewa.to_moe, and trains as a dense model there. Let it call its submodule.',
                     stacklevel=2)
 
     def _warn_of_copies(self, optimizer: Optimizer) -> None:

@@ -4,9 +4,11 @@ Axis legend: `E` routed experts, `S` shared experts, `k` routed experts (or grou
 width of the dense FFN, `h` of an expert.
 """
 import time
+import warnings
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from types import FunctionType
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, cast
 
 import numpy as np
@@ -27,6 +29,7 @@ from .moe import (
     fuse_experts,
     inherit_requires_grad,
     is_gated,
+    is_moe,
     is_random,
     kind,
     layer_pieces,
@@ -132,6 +135,17 @@ def to_dense(
             dense.set_submodule(name, part.get_submodule('_orig_mod'))
     layers = {name.replace('._orig_mod', ''): layer for name, layer in layers.items()}
     plain_forward(dense)
+    for name, part in dense.named_modules():
+        if isinstance(vars(part).get('forward'), FunctionType):
+            raise ValueError(
+                f'The forward of {name or type(dense).__name__} was replaced by a function, which belongs to the model '
+                f'it was made for and not to a copy: make it a method (types.MethodType) or take it off (del).')
+        if is_moe(part):
+            raise ValueError(f'{type(model).__name__} has a __deepcopy__ of its own that keeps MoE layers.')
+    hooked = [
+        name for name, layer in layers.items() if vars(layer)['_forward_hooks'] or vars(layer)['_forward_pre_hooks']]
+    if hooked:
+        warnings.warn(f'Hooks of {", ".join(hooked)} stay with the MoE model.', stacklevel=2)
     describe_dense(dense, ARGUMENTS)
     describe_width(dense, layers)
     first = next(iter(layers.values()))

@@ -200,6 +200,9 @@ def write_folder(
         raise ValueError(
             f'{type(model).__name__} was created with features_only=True and is no whole {cfg["architecture"]}: export '
             f'the model created without it; timm makes features of its folder.')
+    if verify and any(p.dtype == torch.float64 for p in model.parameters()):
+        raise ValueError(
+            f'{type(model).__name__} has weights in float64, but timm loads float32: export model.float().')
     if class_names is not None and len(class_names) != model.num_classes:
         raise ValueError(f'{len(class_names)} class names were given for a model of {model.num_classes} classes.')
     model = copy.copy(model)  # shallow: only what is replaced here
@@ -361,7 +364,11 @@ def _verify_transformers(model: Any, directory: Path) -> None:
     inputs = {key: value.to(reference.device) for key, value in _inputs(model).items()}
     if inputs:
         with evaluating(model):
-            outputs = [tree_leaves(tuple(m(**inputs).values())) for m in (model, loaded)]
+            outputs = []
+            for m in (model, loaded):
+                with torch.random.fork_rng():  # MAE masks at random
+                    torch.manual_seed(0)
+                    outputs.append(tree_leaves(tuple(m(**inputs).values())))
         if not all(torch.equal(a, b) for a, b in zip(*outputs) if isinstance(a, Tensor)):
             raise NotVerified('The exported folder does not compute the outputs of the model that was written.')
 

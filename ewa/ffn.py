@@ -9,15 +9,19 @@ transformers, and a plain `nn.Sequential`. What mixes tokens (depth-wise convolu
 spatial gate) is none; nor is a perceptron whose output has another width, as in classifiers and position biases.
 """
 import re
+import warnings
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from .foreign import NotPossible
 from .gathering import FFNWeights
-from .moe import is_plain, on_tokens
+from .moe import copied, is_plain, on_tokens
 
 
 @dataclass(frozen=True)
@@ -66,25 +70,31 @@ def _parts(module: nn.Module, prefix: str = '') -> List[Tuple[str, nn.Module]]:
     return parts
 
 
+_MIXES = 'it does not treat each token by itself'
 _OF_ALL = frozenset(vars(nn.Module()))  # attributes that every module has
-_TRIED: Dict[Tuple[type, str], Tuple[bool, bool]] = {}  # type and looks of a module -> what `_try` found
+_TRIED: Dict[Tuple[str, type, Layout, str], Any] = {}  # question, type, parts and looks of a module -> answer
 
 
 def _layout(module: nn.Module) -> Optional[Layout]:
     """The layout of what has the parts of an FFN, whether or not it treats each token by itself."""
-    if any(p is not None for p in module._parameters.values()):
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    if any(p.dim() != 1 for p in own.values()) or hasattr(module, '_orig_mod'):
         return None
     parts = _parts(module)
     maps = [(name, part, *size) for name, part in parts if (size := _map_size(part)) is not None]
     if not 2 <= len(maps) <= 3:
         return None
-    (*inputs, (output, _, hidden, width)) = maps
-    kinds = {isinstance(getattr(part, 'base_layer', part), nn.Conv2d) for _, part, _, _ in maps}
-    up = sum(size for _, _, _, size in inputs)
-    # two or three coordinates are no width: perceptrons that make position biases
-    if len(kinds) > 1 or width < 4 or up not in (hidden, 2 * hidden) or any(size != width for _, _, size, _ in inputs):
+    for at in reversed(range(len(maps))):  # the output is the last map, or the second of three as in LLaMA
+        inputs = maps[:at] + maps[at + 1:]
+        output, _, hidden, width = maps[at]
+        if sum(up for *_, up in inputs) in (hidden, 2 * hidden) and all(size == width for _, _, size, _ in inputs):
+            break
+    else:
         return None
-    norm, others = '', []
+    kinds = {isinstance(getattr(part, 'base_layer', part), nn.Conv2d) for _, part, _, _ in maps}
+    if len(kinds) > 1 or width < 4:  # two or three coordinates are no width: perceptrons that make position biases
+        return None
+    norm, others = '', list(own)
     for i, (name, part) in enumerate(parts):
         if _map_size(part) is not None:
             continue
@@ -97,99 +107,148 @@ def _layout(module: nn.Module) -> Optional[Layout]:
         else:
             others.append(name)
     others += [name for name, value in module.named_buffers() if value.dim()]
-    if len({getattr(part, 'base_layer', part).bias is None for _, part, _, _ in maps[:-1]}) > 1:
+    if len({getattr(part, 'base_layer', part).bias is None for _, part, _, _ in inputs}) > 1:
         others.append('unlike biases')
     return Layout(
         tuple(name for name, *_ in inputs), output, width, hidden, norm, tuple(others), channels_first=kinds == {True})
 
 
-@torch.no_grad()
-def _tried(module: nn.Module, layout: Layout) -> Tuple[bool, bool]:
-    """What `_try` finds of a copy with random weights."""
-    if not is_plain(module):
-        return True, True  # refused where it would be converted, by name
-    # modules of one class may differ by a flag or a function that their text does not show
-    own = [{k: v for k, v in vars(part).items() if k not in _OF_ALL} for part in module.modules()]
-    key = type(module), f'{module}{own}'
-    if key in _TRIED:
-        return _TRIED[key]
-    # whatever the caller has set up, such as models built on the meta device or under autocast
-    with torch.device('cpu'), torch.random.fork_rng(devices=[]), torch.autocast('cpu', enabled=False):
-        try:
-            found = _try(deepcopy(module), layout)
-        except Exception:  # a module of anybody's, called in a way that it was perhaps not made for
-            found = False, False
-    if ' at 0x' not in key[1]:  # an address may be somebody else's tomorrow
-        _TRIED[key] = found
-    return found
-
-
-def _try(copy: nn.Module, layout: Layout) -> Tuple[bool, bool]:
-    """Whether shapes stay and a token's output depends on nothing else; whether hidden units can be told apart."""
+def _bare_copy(module: nn.Module) -> nn.Module:
+    """A copy in `eval()` with random weights in float32, without hooks, on the CPU."""
+    copy = copied(module)
+    if {*map(id, copy.parameters())} & {*map(id, module.parameters())}:
+        raise TypeError('its copy shares parameters with it')
     copy = copy.to_empty(device='cpu') if any(p.is_meta for p in copy.parameters()) else copy.cpu()
     copy = copy.float().eval()
     for part in copy.modules():
         part._forward_hooks.clear()
         part._forward_pre_hooks.clear()
     generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in copy.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / max(p[0].numel() if p.dim() else 1, 1) ** 0.5)
+    return copy
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32)
 
+def _near(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= 1e-3 * b.abs().max())
+
+
+def _try(module: nn.Module, layout: Layout) -> Union[Layout, str]:
+    """What `_try_copy` finds."""
+    try:
+        return _try_copy(_bare_copy(module), layout)
+    except (NotPossible, NotImplementedError, TypeError) as e:
+        return f'it can\'t be copied and called with tokens alone ({" ".join(str(e).split())[:200]})'
+    except Exception:  # a module of anybody's, called in a way that it was perhaps not made for
+        return _MIXES
+
+
+@torch.no_grad()
+def _try_copy(copy: nn.Module, layout: Layout) -> Union[Layout, str]:
+    """The layout of a copy that is given random tokens, with `others` where it does more than its maps do.
+
+    Of what is no FFN the reason: it mixes tokens, or computes with weights that are not the copy's.
+    """
     def run(tokens: Tensor) -> Tensor:
         return on_tokens(copy)(tokens.flatten(0, -2)).reshape(tokens.shape) if layout.channels_first else copy(tokens)
 
-    def near(a: Tensor, b: Tensor) -> bool:
-        return bool((a - b).abs().max() <= 1e-3 * b.abs().max())
-
-    for p in copy.parameters():
-        p.copy_(random(*p.shape) / max(p[0].numel() if p.dim() else 1, 1) ** 0.5)
-    x = random(2, 3, layout.width)
+    x = torch.randn(2, 3, layout.width, generator=torch.Generator().manual_seed(1))
     image = x.movedim(-1, 1)[..., None] if layout.channels_first else x  # as the host calls it
     y = copy(image)
+    if not isinstance(y, Tensor):
+        return 'it does not return a tensor'
     y = y[..., 0].movedim(1, -1) if layout.channels_first else y
     changed = x.clone()
     changed[0, 0] += 1
     differs = (run(changed) != run(x)).any(-1)
-    alone = run(x.flatten(0, 1))
+    x = x.flatten(0, 1)
+    alone = run(x)
+    if not (y.shape == (2, 3, layout.width) and differs[0, 0] and differs.sum() == 1 and _near(alone, y.flatten(0, 1))):
+        return _MIXES
+    for p in copy.parameters():
+        kept = p.clone()
+        p.fill_(torch.nan)
+        if torch.equal(run(x), alone):
+            return ('a copy of it does not compute with all of its own parameters and only them (a function in it, '
+                    'such as a replaced forward, may belong to the original)')
+        p.copy_(kept)
+
     maps = [copy.get_submodule(name) for name in (*layout.inputs, layout.output)]
     calls: Dict[nn.Module, Tuple[Tensor, Tensor]] = {}
     for part in maps:
         part.register_forward_hook(  # clones, since activations may work in place
             lambda part, args, out: calls.update({part: (args[0].flatten(1).clone(), out.flatten(1).clone())}))
-    run(x.flatten(0, 1))
-    inputs = [calls[part][0] for part in maps[:-1]]  # a KeyError where its forward is that of another module
-    if not (y.shape == x.shape and differs[0, 0] and differs.sum() == 1 and near(alone.reshape(x.shape), y)
-            and all(torch.equal(tokens, inputs[0]) for tokens in inputs)):  # not three maps one after the other
-        return False, False
-    if layout.others:
-        return True, False
+    run(x)
+    inputs = [calls[part][0] for part in maps[:-1] if part in calls]
+    if not all(torch.equal(tokens, inputs[0]) for tokens in inputs):  # three maps one after the other
+        return _MIXES
+    own_steps = replace(layout, others=layout.others or ('steps of its own',))
+    if layout.others or len(calls) < len(maps):
+        return own_steps
 
     # the output is that of the last map, each map is its matrix and bias, and a row of the first ones is a unit
-    apart = near(calls[maps[-1]][1], alone)
-    for part, (tokens, out) in calls.items():
-        apart = apart and near(out, nn.functional.linear(tokens, part.weight.flatten(1), part.bias))
+    apart = _near(calls[maps[-1]][1], alone) and all(
+        _near(out, nn.functional.linear(tokens, part.weight.flatten(1), part.bias))
+        for part, (tokens, out) in calls.items())
     unit = min(1, layout.hidden - 1)
     before = calls[maps[-1]][0]
     for part in [] if layout.norm else maps[:-1]:
         for row in part.weight[unit::layout.hidden]:
             row += 1
-            run(x.flatten(0, 1))
+            run(x)
             after = calls[maps[-1]][0]
             apart = apart and not bool((after != before).any(0).index_fill(0, torch.tensor(unit), False).any())
             before = after
-    return True, apart
+    return layout if apart else own_steps
+
+
+@torch.enable_grad()
+def _runs_again(module: nn.Module, layout: Layout) -> bool:
+    """Whether its gradients are others where weights stand in for its own as long as it is called, and no longer."""
+    first, second = (_bare_copy(module).train().requires_grad_() for _ in range(2))
+    weights = {name: (1.5 * p.detach().roll(1)).requires_grad_() for name, p in first.named_parameters()}
+    with torch.no_grad():
+        for w, p in zip(weights.values(), second.parameters()):
+            p.copy_(w)
+    x = torch.linspace(-1, 1, 6 * layout.width).sin().reshape(6, -1, *[1, 1] * layout.channels_first).requires_grad_()
+    for call in (partial(functional_call, first, weights), second):
+        torch.default_generator.manual_seed(0)
+        (call(x) * x).sum().backward()
+    gradients = [(w.grad, p.grad) for w, p in zip(weights.values(), second.parameters()) if p.grad is not None]
+    return not all(a is not None and _near(a, b) for a, b in gradients)
+
+
+def _tried(question: Callable[[nn.Module, Layout], Any], module: nn.Module, layout: Layout) -> Any:
+    """The answer to a question about a module; that of another one of its type and looks, if there was one."""
+    # modules of one class may differ by a flag or a function that their text does not show
+    own = [{k: v for k, v in vars(part).items() if k not in _OF_ALL} for part in module.modules()]
+    key = question.__name__, type(module), layout, f'{module}{own}'
+    if key in _TRIED:
+        return _TRIED[key]
+    # whatever the caller has set up, such as models built on the meta device or under autocast
+    with torch.device('cpu'), torch.random.fork_rng(devices=[]), torch.autocast('cpu', enabled=False), \
+            warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        answer = question(module, layout)
+    if ' at 0x' not in key[-1]:  # an address may be somebody else's tomorrow
+        _TRIED[key] = answer
+    return answer
 
 
 def layout_of(module: nn.Module) -> Optional[Layout]:
     """The layout of an FFN, None for what is none."""
     layout = _layout(module)
-    if layout is None:
-        return None
-    alone, apart = _tried(module, layout)
-    if alone and not apart and not layout.others:
-        layout = replace(layout, others=('steps of its own',))
-    return layout if alone else None
+    if layout is None or not is_plain(module):
+        return layout  # what is not plain is refused where it would be converted, by name
+    found = _tried(_try, module, layout)
+    return found if isinstance(found, Layout) else None
+
+
+def runs_again(ffn: nn.Module) -> bool:
+    """Whether the forward pass of an FFN runs again in the backward pass: gradient checkpointing inside it."""
+    layout = layout_of(ffn)
+    return layout is not None and _tried(_runs_again, ffn, layout)
 
 
 def is_ffn(module: nn.Module) -> bool:
@@ -220,13 +279,12 @@ def describe_ffn(module: nn.Module) -> str:
             return f'its {name} is a convolution over neighbouring tokens'
     if hasattr(module, '_orig_mod'):
         return 'it is compiled by itself: call torch.compile after ewa.to_moe'
-    if any('forward' in vars(part) for part in module.modules()):
-        return 'its forward was replaced by a function'
-    if _layout(module) is not None:
-        parts = [type(part).__name__ for part in module.modules()][1:]
-        holds = [name for name in parts if 'norm' in name.lower()]
-        return 'it does not treat each token by itself' + (f' (it holds a {holds[0]})' if holds else '')
-    return 'it is not made of maps from its width to hidden units and back'
+    layout = _layout(module)
+    if layout is None:
+        return 'it is not made of maps from its width to hidden units and back'
+    reason = str(_tried(_try, module, layout))
+    holds = [name for part in [*module.modules()][1:] if 'norm' in (name := type(part).__name__).lower()]
+    return reason + (f' (it holds a {holds[0]})' if reason == _MIXES and holds else '')
 
 
 def _layout_to_read(ffn: nn.Module) -> Layout:
@@ -344,10 +402,13 @@ def select_ffns(model: nn.Module, layers: Union[str, Sequence[int], Sequence[str
     if not isinstance(layers, str) and isinstance(layers, Sequence) and any(isinstance(n, str) for n in layers):
         modules = dict(model.named_modules())
         for name in map(str, layers):
-            if name not in modules:
+            if not name or name not in modules:
                 raise ValueError(f'layers={list(layers)}: {type(model).__name__} has no module {name}.')
             if layout_of(modules[name]) is None:
                 raise ValueError(f'{name} can\'t become a MoE layer: {describe_ffn(modules[name])}.')
+            outer = next((other for other in layers if str(name).startswith(f'{other}.')), None)
+            if outer is not None:
+                raise ValueError(f'layers={list(layers)}: {name} is part of {outer}; give one of them.')
         return list(map(str, layers))
     names = list(find_ffns(model))
     if not names:

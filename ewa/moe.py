@@ -63,17 +63,14 @@ class MoELayer(Protocol):
 
 def is_moe(module: nn.Module) -> bool:
     """Whether a module is a MoE layer, see `MoELayer`."""
-    held = getattr(module, 'deviations', None)
-    if not isinstance(held, nn.ModuleList):
-        held = getattr(module, 'experts', None)
-    return isinstance(held, nn.ModuleList) and len(held) > 0
+    # its own: wrappers (torch.compile, PEFT) show the attributes of what they wrap as theirs
+    held = (module._modules[key] for key in ('deviations', 'experts') if key in module._modules)
+    return any(isinstance(experts, nn.ModuleList) and len(experts) > 0 for experts in held)
 
 
 def moe_layers(model: nn.Module) -> Iterator[Tuple[str, MoELayer]]:
     """Names and modules of all MoE layers, in the order of `named_modules()`."""
-    return (
-        (name, cast(MoELayer, module)) for name, module in model.named_modules()
-        if is_moe(module) and not hasattr(module, '_orig_mod'))  # of a compiled layer the one inside
+    return ((name, cast(MoELayer, module)) for name, module in model.named_modules() if is_moe(module))
 
 
 def pulled(layer: MoELayer) -> nn.ModuleList:
@@ -213,8 +210,9 @@ def check_plain(experts: Iterable[nn.Module]) -> None:
             if hasattr(module, 'base_layer') and callable(getattr(module, 'merge', None)):
                 raise ValueError(
                     f'An expert has an adapter in {where}: merge it first (PEFT: model.merge_and_unload()).')
-            packed = getattr(module, '_packed_params', None)
-            if packed is not None:
+            packed = hasattr(module, '_packed_params') or any(  # torchao's tensors hold others, and so do sharded ones
+                hasattr(p, '__tensor_flatten__') and not hasattr(p, 'to_local') for p in module.parameters(False))
+            if packed:
                 raise ValueError(f'An expert has packed weights in {where}: convert the model before quantising it.')
 
 

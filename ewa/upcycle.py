@@ -16,10 +16,13 @@ import torch
 from timm.models import register_notrace_module
 from torch import nn
 
-from .ffn import Layout, block_of, build_ffn, find_ffns, layout_of, outside_blocks, read_ffn, select_ffns
+from .ffn import Layout, block_of, build_ffn, find_ffns, layout_of, outside_blocks, read_ffn, runs_again, select_ffns
 from .gathering import FFNWeights, take
 from .identity import describe_moe
 from .moe import ROUTERS, MeanFormMoE, RandomPartitionMoE, TopKMoE, check_plain, is_moe, moe_layers, pieces
+
+# which divide work over processes
+_WRAPPERS = ('DistributedDataParallel', 'FullyShardedDataParallel', 'FSDPModule')
 
 
 def _shuffled(weights: FFNWeights) -> FFNWeights:
@@ -60,6 +63,13 @@ def _initial_experts(ffn: nn.Module, count: int, cut: int, init: str) -> List[nn
             weights = _shuffled(weights)
         experts.append(ffn if weights is dense else build_ffn(ffn, weights))
     return experts
+
+
+def _hooked(ffn: nn.Module) -> str:
+    """The first part or parameter of an FFN that has hooks; empty if none has."""
+    kinds = ('forward_pre', 'forward', 'backward_pre', 'backward', 'post_accumulate_grad')
+    parts = [*ffn.named_modules(), *ffn.named_parameters()]
+    return next((name or 'it' for name, part in parts if any(getattr(part, f'_{k}_hooks', None) for k in kinds)), '')
 
 
 def to_moe(
@@ -140,6 +150,12 @@ def to_moe(
         raise ValueError(
             f'The model already has MoE layers (what holds an nn.ModuleList called experts): {", ".join(converted)}. '
             f'Convert a dense model.')
+    for name, part in model.named_modules():
+        wrapper = next((base.__name__ for base in type(part).__mro__ if base.__name__ in _WRAPPERS), '')
+        if wrapper:
+            raise ValueError(
+                f'{name or "The model"} was wrapped already ({wrapper}), and the wrapper knows the parameters that it '
+                f'had then: call ewa.to_moe before.')
     names = select_ffns(model, layers)
     layouts = {name: cast(Layout, layout_of(model.get_submodule(name))) for name in names}
     for name, layout in layouts.items():
@@ -167,6 +183,15 @@ def to_moe(
             check_plain([model.get_submodule(name)])
         except ValueError as e:
             raise ValueError(f'{name}: {e}') from e
+        hooked = _hooked(model.get_submodule(name))
+        if hooked:
+            raise ValueError(
+                f'{name}: {hooked} has hooks, which would see the tokens of one expert, or none: remove them, and '
+                f'register them again after ewa.to_moe.')
+        if form == 'mean' and runs_again(model.get_submodule(name)):
+            raise ValueError(
+                f'{name} runs its forward pass again in the backward pass (gradient checkpointing inside it), and by '
+                f"then the weights of the mean form are gone: checkpoint the whole block, or use form='experts'.")
     owners: Dict[int, List[str]] = {}
     for owner, module in model.named_modules():
         for key, parameter in module._parameters.items():

@@ -467,7 +467,8 @@ class TestAttach:
         assert f'Master keeps a copy of the weights of  (its {key!r}): it may undo' in str(caught[0].message)
 
     @pytest.mark.parametrize('kept', [False, True])
-    def test_a_model_that_calls_an_ffn_it_kept_is_named(self, tiny, images, kept):
+    @pytest.mark.parametrize('kwargs', [{}, dict(form='mean'), dict(router='topk')], ids=str)
+    def test_a_model_that_calls_an_ffn_it_kept_is_named(self, tiny, images, kept, kwargs):
         class Kept(nn.Module):
             def __init__(self, vit):
                 super().__init__()
@@ -478,7 +479,7 @@ class TestAttach:
                 return (self.ffns[0] if kept else block.mlp)(block.norm2(self.vit.patch_embed(x)))
 
         model = Kept(tiny())
-        ewa.to_moe(model)
+        ewa.to_moe(model, **kwargs)
         optimizer = torch.optim.SGD(model.parameters(), lr=.1)
         ewa.ExpertAverager(model, .1).attach(optimizer)
         with warnings.catch_warnings(record=True) as caught:
@@ -488,7 +489,7 @@ class TestAttach:
                 model(images).square().sum().backward()
                 optimizer.step()
         assert len(caught) == kept
-        assert all('Only some experts of vit.blocks.1.mlp have gradients' in str(w.message) for w in caught)
+        assert all('vit.blocks.1.mlp was not called, only an FFN in it' in str(w.message) for w in caught)
 
     def test_parameters_may_be_replaced_or_moved_afterwards(self):
         layer = moe_layer()

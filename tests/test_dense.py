@@ -135,6 +135,37 @@ def test_models_without_values_or_that_torch_cant_copy_are_refused(tiny, images)
             ewa.to_dense(model)
 
 
+class Unchanging(nn.Sequential):
+    def __deepcopy__(self, memo):
+        return Unchanging(*self)
+
+
+def test_copies_that_hold_on_to_the_model_are_refused(tiny, images):
+    model = ewa.to_moe(tiny())
+    with pytest.raises(ValueError, match='Unchanging has a __deepcopy__ of its own that keeps MoE layers'):
+        ewa.to_dense(Unchanging(model))
+    for part, where in ((model.blocks[0], 'blocks.0'), (model, 'VisionTransformer')):
+        part.forward = lambda x, forward=part.forward: 2 * forward(x)
+        with pytest.raises(ValueError, match=f'The forward of {where} was replaced by a function, which belongs to'):
+            ewa.to_dense(model)
+        forward = type(part).forward
+        part.forward = MethodType(lambda self, x, forward=forward: 2 * forward(self, x), part)
+    dense = ewa.to_dense(model.eval())
+    expected = model(images)
+    for p in model.parameters():
+        p.detach().zero_()
+    assert torch.equal(dense(images), expected)
+
+
+def test_hooks_of_layers_are_left_behind_with_a_word(tiny, images):
+    model = ewa.to_moe(tiny()).eval()
+    handle = model.blocks[3].mlp.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.warns(UserWarning, match='Hooks of blocks.3.mlp stay with the MoE model'):
+        dense = ewa.to_dense(model)
+    handle.remove()
+    assert torch.equal(dense(images), model(images))
+
+
 def test_forward_of_mixed_precision_is_left_behind(tiny, images, tmp_path):
     model = ewa.to_moe(tiny(), init='independent').eval()
     expected = ewa.to_dense(model)(images)

@@ -256,6 +256,12 @@ def test_a_model_of_features_is_refused(tiny, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_in_float64_is_refused(vit, tmp_path):
+    with pytest.raises(ValueError, match=r'has weights in float64, but timm loads float32: export model.float\(\)'):
+        ewa.export(vit.double(), tmp_path / 'out')
+    assert not os.listdir(tmp_path)
+
+
 def test_class_names_must_be_as_many_as_classes(vit, tmp_path):
     with pytest.raises(ValueError, match='3 class names were given for a model of 10 classes'):
         ewa.export(vit, tmp_path / 'out', class_names=['a', 'b', 'c'])
@@ -364,6 +370,17 @@ class TestTransformers:
         with pytest.raises(ValueError, match='is not of timm: leave data_config and onnx out'):
             ewa.export(dense, tmp_path / 'new', onnx=True)
         assert os.listdir(tmp_path) == ['out']
+
+    def test_a_model_that_draws_in_its_forward_pass_is_checked_as_others(self, transformers, tmp_path):
+        sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        config = transformers.ViTMAEConfig(
+            image_size=32, patch_size=8, **sizes, **{f'decoder_{key}': value for key, value in sizes.items()})
+        model = ewa.to_dense(scatter(ewa.to_moe(transformers.ViTMAEForPreTraining(config))))
+        state = torch.get_rng_state()
+        ewa.export(model, tmp_path / 'out')
+        assert torch.equal(torch.get_rng_state(), state)
+        loaded = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / 'out')
+        assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
 
     @pytest.mark.parametrize('wrong', ['weights', 'outputs'])
     def test_its_folder_is_checked(self, hf, tmp_path, monkeypatch, wrong):

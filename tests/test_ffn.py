@@ -84,6 +84,21 @@ class GatedParts(nn.Module):  # as in LLaMA, DINOv3
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class LLaMA(GatedParts):  # the output stands between the inputs
+    def __init__(self):
+        super().__init__()
+        self.up_proj = self._modules.pop('up_proj')
+
+
+class Scaled(timm.layers.Mlp):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.gamma = nn.Parameter(torch.rand(8))
+
+    def forward(self, x):
+        return self.gamma * super().forward(x)
+
+
 @pytest.mark.parametrize('module, inputs, output, norm, others', [
     (MLPBlock(8, 20, 0.), ('0',), '3', '', ()),  # torchvision's
     (nn.Sequential(nn.Linear(8, 20), nn.LayerNorm(20), nn.GELU(), nn.Linear(20, 8)), ('0',), '3', '', ('1',)),
@@ -92,6 +107,8 @@ class GatedParts(nn.Module):  # as in LLaMA, DINOv3
     (nn.Sequential(OrderedDict(norm=nn.LayerNorm(8), fc1=nn.Linear(8, 20), act=nn.GELU(), fc2=nn.Linear(20, 8))),
      ('fc1',), 'fc2', '', ('norm',)),
     (GatedParts(), ('gate_proj', 'up_proj'), 'down_proj', '', ()),
+    (LLaMA(), ('gate_proj', 'up_proj'), 'down_proj', '', ()),
+    (Scaled(8, 20), ('fc1',), 'fc2', '', ('gamma',)),
     (timm.layers.SwiGLU(8, 20, norm_layer=nn.LayerNorm), ('fc1_g', 'fc1_x'), 'fc2', 'norm', ()),
     (timm.layers.ConvMlp(8, 20), ('fc1',), 'fc2', '', ()),
     (timm.layers.ConvMlp(8, 20, act_layer=partial(nn.ReLU, inplace=True)), ('fc1',), 'fc2', '', ()),
@@ -112,7 +129,6 @@ def test_ffns_are_found_by_what_they_do(module, inputs, output, norm, others):
 
 
 def test_ffns_are_found_in_whatever_surroundings():
-
     with torch.device('meta'), torch.autocast('cpu', torch.bfloat16):
         assert layout_of(timm.layers.Mlp(8, 23)).hidden == 23
         assert layout_of(timm.layers.ConvMlp(8, 23)).channels_first
@@ -138,8 +154,39 @@ def test_modules_of_one_class_and_text_are_told_apart():
     module.forward = module.forward  # of a copy it is the copy's
     assert layout_of(module)
     module.forward = lambda x, forward=module.forward: 2 * forward(x)  # of every copy it is the one of this module
-    assert not layout_of(module) and describe_ffn(module) == 'its forward was replaced by a function'
+    assert not layout_of(module) and 'such as a replaced forward' in describe_ffn(module)
     assert 'compiled by itself' in describe_ffn(torch.compile(Shifting(False), backend='eager'))
+
+
+class Functional(timm.layers.Mlp):
+    def forward(self, x):
+        return self.fc2(nn.functional.linear(x, self.fc1.weight, self.fc1.bias).relu())
+
+
+class Closed(timm.layers.Mlp):  # copies call the parts of the original
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.up = lambda x: self.fc1(x).relu()
+
+    def forward(self, x):
+        return self.fc2(self.up(x))
+
+
+class Single(timm.layers.Mlp):
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_an_ffn_that_is_its_own_copy_stays_as_it_is():
+    module = Single(8, 20)
+    weight = module.fc1.weight.clone()
+    assert not layout_of(module) and 'its copy shares parameters with it' in describe_ffn(module)
+    assert torch.equal(module.fc1.weight, weight)
+
+
+class Tuple(timm.layers.Mlp):
+    def forward(self, x):
+        return super().forward(x), None
 
 
 class Residual(timm.layers.Mlp):
@@ -184,6 +231,7 @@ one_bias.up_proj.bias = None
     (nn.Sequential(nn.Linear(8, 20), nn.LayerNorm(20, elementwise_affine=False), nn.Linear(20, 8)), 'steps of its own'),
     (nn.Sequential(nn.Linear(8, 20), nn.Softmax(-1), nn.Linear(20, 8)), 'steps of its own'),
     (Interleaved(), 'steps of its own'),
+    (Functional(8, 20), 'steps of its own'),
     (WithBuffer(8, 20), 'scale'),
 ], ids=str)
 def test_what_is_no_sum_of_hidden_units_is_averaged_but_not_taken_apart(module, others):
@@ -199,6 +247,8 @@ def test_what_is_no_sum_of_hidden_units_is_averaged_but_not_taken_apart(module, 
     (nn.Sequential(nn.Conv2d(8, 20, 1), nn.Conv2d(20, 20, 3, padding=1, groups=20), nn.Conv2d(20, 8, 1)),
      'its 1 is a convolution over neighbouring tokens'),
     (nn.Sequential(nn.Linear(8, 20), nn.Linear(20, 6)), 'is not made of maps from its width to hidden units and back'),
+    (Closed(8, 20), 'a copy of it does not compute with all of its own parameters and only them'),
+    (Tuple(8, 20), 'it does not return a tensor'),
     (Chain(), 'does not treat each token by itself'),
     (nn.MultiheadAttention(8, 2), 'is not made of maps'),
 ], ids=str)

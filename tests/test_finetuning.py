@@ -63,9 +63,9 @@ def test_head_and_position_embedding_are_replaced_by_timm_in_a_loop_of_ones_own(
 
 
 class TestLoRA:
-    def adapt(self, model, targets):
+    def adapt(self, model, targets, whole=()):
         peft = pytest.importorskip('peft')
-        config = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=['head'], init_lora_weights=False)
+        config = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=['head', *whole], init_lora_weights=False)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             return peft.get_peft_model(model, config)
@@ -107,6 +107,20 @@ class TestLoRA:
         some = self.adapt(tiny(), r'.*blocks\.0\.mlp\.fc1')
         ewa.to_moe(some)
         assert [name.rpartition('blocks.')[2] for name, _ in moe_layers(some)] == ['1.mlp', '3.mlp']
+
+    def test_beside_ffns_that_are_trained_whole(self, tiny, images):
+        model = self.adapt(tiny(), ['qkv'], ['mlp'])  # PEFT keeps the FFN of the host beside the one that is trained
+        ewa.to_moe(model)
+        kept = ('original_module', 'modules_to_save.default')
+        assert [name.partition('blocks.')[2] for name, _ in moe_layers(model)] == [
+            f'{i}.mlp.{name}' for i in (1, 3) for name in kept]
+        optimizer = torch.optim.SGD(model.parameters(), lr=.1)
+        ewa.ExpertAverager(model, .1).attach(optimizer)
+        model.train()(images).square().mean().backward()
+        optimizer.step()
+        merged = ewa.to_dense(model).merge_and_unload().eval()
+        torch.testing.assert_close(merged(images), model.eval()(images), rtol=1e-4, atol=1e-5)
+        assert list(merged.state_dict()) == list(tiny().state_dict())
 
     def test_on_experts_is_refused_where_they_are_averaged(self, tiny):
         adapted = self.adapt(ewa.to_moe(tiny()), ['fc1'])

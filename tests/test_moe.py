@@ -618,6 +618,14 @@ class TestPlainWeights:
         with pytest.raises(ValueError, match='has no parameters: .*nn.DataParallel.*DistributedDataParallel'):
             replica(torch.randn(2, 5, 32))
 
+    def test_weights_that_hold_other_tensors(self, tiny):
+        quantization = pytest.importorskip('torchao.quantization')
+        model = ewa.to_moe(tiny(), init='independent').eval()
+        for m in (model, tiny()):
+            quantization.quantize_(m, quantization.Int8WeightOnlyConfig())
+            with pytest.raises(ValueError, match='blocks.1.mlp: .*packed weights in fc1'):
+                (ewa.to_dense if m is model else ewa.to_moe)(m)
+
     def test_packed_weights(self, tiny):
         model = ewa.to_moe(tiny(), init='independent').eval()
         quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})

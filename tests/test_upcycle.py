@@ -248,6 +248,7 @@ ERRORS = [
     (dict(layers=[]), 'an empty list'),
     (dict(layers=['blocks.1']), 'blocks.1 can.t become a MoE layer: it is not made of maps'),
     (dict(layers=['blocks.9.mlp']), 'has no module blocks.9.mlp'),
+    (dict(layers=['']), 'has no module '),
     (dict(layers=3), 'layers=3'),
     (dict(layers='every:0'), 'K must be between 1 and the number of blocks 4'),
     (dict(layers='every:5'), 'K must be'),
@@ -329,6 +330,57 @@ def test_ffns_that_were_compiled_by_themselves_are_refused(tiny):
         with pytest.raises(ValueError, match=r'blocks.1.mlp can.t become a MoE layer: it is compiled by itself'):
             ewa.to_moe(model, layers=layers)
     assert repr(model) == text
+
+
+@pytest.mark.parametrize('where, hook', [
+    ('it', lambda ffn: ffn.register_forward_hook(lambda module, args, out: 2 * out)),
+    ('act', lambda ffn: ffn.act.register_forward_pre_hook(lambda module, args: None)),
+    ('fc2', lambda ffn: ffn.fc2.register_full_backward_hook(lambda module, inputs, outputs: None)),
+    ('fc1.weight', lambda ffn: ffn.fc1.weight.register_hook(lambda gradient: gradient / 2)),
+])
+def test_ffns_with_hooks_are_refused(tiny, where, hook):
+    model = tiny()
+    handle = hook(model.blocks[3].mlp)
+    with pytest.raises(ValueError, match=f'^blocks.3.mlp: {where} has hooks, .* again after ewa.to_moe'):
+        ewa.to_moe(model)
+    assert not list(moe_layers(model))
+    handle.remove()
+    ewa.to_moe(model)
+
+
+class Checkpointed(timm.layers.Mlp):
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize('checkpointed', [False, True])
+def test_in_mean_form_ffns_that_run_again_in_the_backward_pass_are_refused(tiny, checkpointed):
+    model = tiny(proj_drop_rate=.5)
+    if checkpointed:
+        model.blocks[3].mlp = Checkpointed(32, 128)
+        with pytest.raises(ValueError, match="^blocks.3.mlp runs its forward pass again .* or use form='experts'"):
+            ewa.to_moe(model, form='mean')
+    ewa.to_moe(model, form='experts' if checkpointed else 'mean')
+
+
+def test_ffns_inside_one_another_are_refused(tiny):
+    model = tiny()
+    model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp)
+    for layers in (['blocks.1.mlp', 'blocks.1.mlp.0'], ['blocks.1.mlp.0', 'blocks.1.mlp']):
+        with pytest.raises(ValueError, match='blocks.1.mlp.0 is part of blocks.1.mlp; give one of them'):
+            ewa.to_moe(model, layers=layers)
+    assert not list(moe_layers(model))
+
+
+def test_models_that_were_wrapped_for_several_processes_are_refused(tiny):
+    class DistributedDataParallel(nn.Sequential):  # known by its name, so that torch may be built without it
+        pass
+
+    for wrapped, where in ((DistributedDataParallel(tiny()), 'The model'),
+                           (nn.Sequential(DistributedDataParallel(tiny())), '0')):
+        with pytest.raises(ValueError, match=f'^{where} was wrapped already .DistributedDataParallel.*to_moe before'):
+            ewa.to_moe(wrapped)
+        assert not list(moe_layers(wrapped))
 
 
 class Halved(RandomPartitionMoE):
