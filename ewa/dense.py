@@ -79,7 +79,8 @@ def to_dense(
 
     Raises:
         ValueError: Unknown method or option, no MoE layer, missing calibration images, experts with NaN or unequal
-            widths, a width that the architecture has no name for. The message names the layer.
+            widths, a width that the architecture has no name for, a model that can't be copied. The message names the
+            layer.
     """
     model = unwrap_model(model)
     if method not in METHODS:
