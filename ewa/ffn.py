@@ -453,21 +453,33 @@ def select_ffns(model: nn.Module, layers: Union[str, Sequence[int], Sequence[str
 def _nearest_ffn(model: nn.Module) -> str:
     """What a model has that looks like an FFN, and why it is none."""
     near: Dict[str, nn.Module] = {}
+    apart: Dict[str, str] = {}  # as in transformers' BERT
     for name, module in model.named_modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             return f': {name} holds the two linear layers of its FFN itself; give it an FFN module of its own'
         if hasattr(module, 'in_proj') and hasattr(module, 'mlp_act'):  # timm's ParallelScalingBlock
             return f': {name} holds the linear layers of its FFN itself, each in one matrix with those of its attention'
-        maps = [size for _, part in _parts(module) if (size := _map_size(part)) is not None]
+        sizes = {key: size for key, part in _parts(module) if (size := _map_size(part)) is not None}
+        rest = [key for key in sizes if not re.search('attn|attention', key)]
+        linear = all(isinstance(module.get_submodule(key), nn.Linear) for key in rest)
+        if name and linear and len(rest) == 2 < len(sizes):
+            (width, up), (hidden, back) = (sizes[key] for key in rest)
+            if width == back < up == hidden:
+                apart[name] = f': {name} holds {" and ".join(rest)} in no FFN module; give it one'
+        maps = list(sizes.values())
         attends = 'attn' in name or 'attention' in type(module).__name__.lower()
         if not name or attends or not 2 <= len(maps) <= 3:
             continue
         (width, up), (hidden, back) = maps[0], maps[-1]
         if width == back <= up and up in (hidden, 2 * hidden):  # what has fewer hidden units than channels is a gate
             near[name] = module
-    # the first one that has no other inside
-    innermost = (name for name in near if not any(other.startswith(f'{name}.') for other in near))
-    return next((f': {name} is none, since {describe_ffn(near[name])}' for name in innermost), '')
+
+    def innermost(found: Dict[str, Any]) -> str:
+        return next((name for name in found if not any(other.startswith(f'{name}.') for other in found)), '')
+
+    if near:
+        return f': {innermost(near)} is none, since {describe_ffn(near[innermost(near)])}'
+    return apart.get(innermost(apart), '')
 
 
 def outside_blocks(model: nn.Module) -> List[str]:

@@ -116,9 +116,9 @@ def to_moe(
         The same model.
 
     Raises:
-        ValueError: Any argument out of its range, a model without FFNs or with MoE layers, an FFN whose copies would
-            not be experts (it stands in several places, has hooks or computed weights, was compiled by itself); the model
-            is untouched.
+        ValueError: Any argument out of its range, a model without FFNs or with MoE layers, an FFN whose copies
+            would be no experts (it stands in several places, has hooks or computed weights, was compiled by itself).
+            The model is untouched.
     """
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 2:
         raise ValueError(f'num_experts must be a whole number of at least 2, got {num_experts!r}.')

@@ -263,6 +263,11 @@ def test_an_encoder_layer_that_holds_its_linears_itself_is_named():
         select_ffns(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2), 'every:2')
     with pytest.raises(ValueError, match='no FFN to convert: layers.0 holds the two linear layers of its FFN itself'):
         select_ffns(nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16), 2), 'every:2')
+    layer = nn.ModuleDict(dict(  # as of transformers' BERT
+        attention=timm.layers.Attention(8, 2), intermediate=nn.Sequential(nn.Linear(8, 16), nn.GELU()),
+        output=nn.ModuleDict(dict(dense=nn.Linear(16, 8), norm=nn.LayerNorm(8)))))
+    with pytest.raises(ValueError, match='convert: 0 holds intermediate.0 and output.dense in no FFN module'):
+        select_ffns(nn.ModuleList([layer]), 'every:2')
     with pytest.raises(ValueError, match=r'no FFN to convert: stages.0.blocks.0.mlp is none, since its dwconv'):
         select_ffns(timm.create_model('pvt_v2_b0'), 'every:2')
 
