@@ -64,7 +64,7 @@ from ewa.distillation import TeacherView, check_weights, distillation_task, forw
 from ewa.foreign import NotPossible, foreign
 from ewa.logbook import Logbook, say
 from ewa.moe import is_random, moe_layers, pulled
-from ewa.options import check_together, train_parser
+from ewa.options import check_effect, check_together, train_parser
 from ewa.pull import local
 from ewa.sharded import full_state, is_sharded, load_full_state, shard_alike, shard_by_blocks
 from ewa.sources import build_model, load_teacher
@@ -236,6 +236,9 @@ def build(
 
     seed_all(args.seed, 0)
     model = build_model(args)
+    layers = [layer for _, layer in moe_layers(model)]
+    check_effect(args, experts=bool(layers), gated=not all(map(is_random, layers)),
+                 mean=any(hasattr(layer, 'deviations') for layer in layers))
     data_config = preparation(model, args)
     model.pretrained_cfg = dict(model.pretrained_cfg, mean=data_config['mean'], std=data_config['std'])
     flops_per_image = 3 * forward_flops(model, data_config['input_size'])  # backward: about twice the forward

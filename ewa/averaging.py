@@ -20,6 +20,7 @@ SCHEDULES = ('constant', 'linear', 'cosine')
 RatePolicy = Callable[[MoELayer, int], float]  # (layer, t) -> share rate of that layer at pull t
 
 
+_PATIENCE = 100  # backward passes without a step of the optimizer after which it is said
 _LOOK_AGAIN = 10  # the step after which it is looked for what can't be seen when attaching
 _ATTACHED: 'weakref.WeakKeyDictionary' = weakref.WeakKeyDictionary()  # MoE layer -> reference to the averager
 
@@ -186,7 +187,7 @@ class ExpertAverager:
         self.steps = 0
         self.pulls = 0
         self._handle: Optional[RemovableHandle] = None
-        self._stepping = False
+        self._stepping = self._called = False
 
     @property
     def share_rate(self) -> float:
@@ -262,13 +263,38 @@ class ExpertAverager:
         self._handle = _Handle(optimizer.register_step_post_hook(self._after_step), before)
         for _, layer in moe_layers(self.model):
             _ATTACHED[layer] = weakref.ref(self)
+        self._called = False
+        self._watch(optimizer)
         return self._handle
 
     def is_attached(self) -> bool:
         """Whether it pulls after the steps of an optimizer."""
         return self._handle is not None and self._handle.id in (self._handle.hooks_dict_ref() or {})
 
+    def _watch(self, optimizer: Optimizer) -> None:
+        """Say it once where backward passes come and the optimizer's `step()` never does; until its first one."""
+        begun, passes = self.steps, 0
+
+        def count(parameter: Tensor) -> None:
+            nonlocal passes
+            passes += 1
+            waiting = not self._called and self.steps == begun
+            if waiting and passes == _PATIENCE:
+                warnings.warn(
+                    f'After {passes} backward passes {type(optimizer).__name__}.step() was not called, so no expert '
+                    f'was pulled. If it trains by another method, call averager.step() after that instead of '
+                    f'attaching.',
+                    stacklevel=2)
+            if not waiting or passes == _PATIENCE:
+                handle.remove()
+
+        trained = (p for _, layer in moe_layers(self.model) for p in pulled(layer).parameters() if p.requires_grad)
+        first = next(trained, None)
+        if first is not None:
+            handle = first.register_post_accumulate_grad_hook(count)
+
     def _before_step(self, optimizer: Optimizer, args, kwargs) -> None:
+        self._called = True
         self._stepping = not _only_makes_state(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args, kwargs) -> None:

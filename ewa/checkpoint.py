@@ -17,6 +17,7 @@ import re
 import shutil
 import signal
 import threading
+import zipfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from itertools import zip_longest
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple, Union, get_a
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from timm.models import get_model_args
 from torch import Tensor, nn
 
@@ -215,7 +216,7 @@ def resumption(checkpoint: Path, state: RunState) -> str:
     changed = changes(read_state(checkpoint).settings, state.settings)
     told = ''.join(f' --{key.replace("_", "-")} is {new} now, it was {old}.' for key, (old, new) in changed.items())
     told = told.replace('--processes is', 'The number of processes is')
-    told += ''.join(f' {path.name} is left out, it has lost {lost(path)}.' for path in _named(checkpoint.parent)
+    told += ''.join(f' {path.name} is left out: {fault(path)}.' for path in _named(checkpoint.parent)
                     if _number(path) > _number(checkpoint))
     return f'Resuming from {checkpoint}, epoch {state.epoch}{f", batch {state.batch}" * bool(state.batch)}.{told}'
 
@@ -249,9 +250,39 @@ def lost(checkpoint: Path) -> Optional[str]:
     return next((name for name in files if not (checkpoint / name).is_file()), None)
 
 
+def fault(checkpoint: Path) -> Optional[str]:
+    """Why no run can go on from a checkpoint, as far as it is seen without reading tensors; None of a whole one."""
+    name = lost(checkpoint)
+    if name is not None:
+        return f'it has lost {name}'
+    try:
+        read_state(checkpoint)
+    except ValueError as e:
+        return str(e).rstrip('.')
+    for path in sorted(checkpoint.iterdir()):
+        try:
+            whole = zipfile.is_zipfile(path) if path.suffix in ('.bin', '.pt') else True  # by torch.save
+            if path.suffix == '.safetensors':
+                with safe_open(path, 'pt'):  # its header, which says how long the file is
+                    pass
+        except SafetensorError:
+            whole = False
+        if not whole:
+            return f'its {path.name} is damaged'
+    return None
+
+
 def checkpoints(experiment: Path) -> List[Path]:
     """Whole checkpoints of an experiment, oldest first."""
-    return [path for path in _named(experiment / 'checkpoints') if lost(path) is None]
+    return [path for path in _named(experiment / 'checkpoints') if fault(path) is None]
+
+
+def _has_only_begun(experiment: Path) -> bool:
+    """Whether a folder is empty or of a run that ended before it saved anything."""
+    if not experiment.is_dir() or _named(experiment / 'checkpoints'):
+        return False
+    names = {path.name for path in experiment.iterdir() if not path.name.startswith(('.', 'events.out.tfevents.'))}
+    return not any(experiment.iterdir()) or {'args.yaml'} <= names <= {'args.yaml', 'checkpoints'}
 
 
 def resume_point(experiment: Path, resuming: bool, named: bool) -> Optional[Path]:
@@ -269,10 +300,11 @@ def resume_point(experiment: Path, resuming: bool, named: bool) -> Optional[Path
         if not named:
             raise ValueError('--resume needs --experiment NAME, the run to go on with.')
         found = checkpoints(experiment)
-        if not found and experiment.exists() and (not experiment.is_dir() or any(experiment.iterdir())):
+        if not found and experiment.exists() and not _has_only_begun(experiment):
+            damaged = ''.join(f' ({path.name}: {fault(path)})' for path in _named(experiment / 'checkpoints')[-1:])
             raise ValueError(
-                f'{experiment} has no checkpoint to go on from: give another --experiment, or start from its model '
-                f'with --initial-checkpoint {experiment / "last"}.')
+                f'{experiment} has no checkpoint to go on from{damaged}: give another --experiment, or start from its '
+                f'model with --initial-checkpoint {experiment / "last"}.')
         return found[-1] if found else None
     if experiment.exists() and (not experiment.is_dir() or any(experiment.iterdir())):
         raise ValueError(f'{experiment} exists: give another --experiment, or --resume to go on with it.')

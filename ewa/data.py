@@ -8,6 +8,7 @@ import argparse
 import math
 import os
 import random
+import tarfile
 from contextlib import suppress
 from glob import escape as glob_escape
 from glob import glob
@@ -20,6 +21,7 @@ from PIL import Image
 from timm.data import ImageDataset, Mixup, create_dataset, create_loader
 from timm.data.model_config import resolve_input_data_config
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torchvision.transforms import Compose
@@ -177,14 +179,19 @@ UNREADABLE = -1  # the label of an image that could not be read
 
 
 def _left_out(reader: Any) -> Tuple[int, str]:
-    """How many image files below a folder a reader of timm's does not serve, and the first of them."""
-    if not isinstance(reader, ReaderImageFolder):
-        return 0, ''
-    served = {path for path, _ in reader.samples}
+    """How many image files in a folder or a tar a reader of timm's does not serve, and the first of them."""
     kinds = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths = (os.path.join(folder, name) for folder, _, names in os.walk(reader.root, followlinks=True) for name in names
-             if os.path.splitext(name)[1].lower() in kinds)
-    others = sorted(path for path in paths if path not in served)
+    if isinstance(reader, ReaderImageFolder):
+        served = {path for path, _ in reader.samples}
+        paths = [os.path.join(folder, name) for folder, _, names in os.walk(reader.root, followlinks=True)
+                 for name in names]
+    elif isinstance(reader, ReaderImageInTar) and os.path.isfile(reader.root):
+        served = {member.name for member, *_ in reader.samples}
+        with tarfile.open(reader.root) as tar:
+            paths = [member.name for member in tar if member.isfile()]
+    else:
+        return 0, ''
+    others = sorted(path for path in paths if os.path.splitext(path)[1].lower() in kinds and path not in served)
     return len(others), others[0] if others else ''
 
 

@@ -97,7 +97,7 @@ class Logbook:
             remove_leftovers(experiment)
             (experiment / 'args.yaml').write_text(yaml.safe_dump(arguments))
             trim_summary(str(experiment / 'summary.csv'), state.epoch + 1)
-            self.board = SummaryWriter(str(experiment), purge_step=state.update + 1 if state.update else None)
+            self.board = SummaryWriter(str(experiment), purge_step=state.update + 1)
             given = {key: str(value) for key, value in arguments.items()}
             rows = [f'| {key} | ' + value.replace('|', '\\|') + ' |' for key, value in given.items()
                     if value not in ('None', 'False', '', '{}')]

@@ -437,6 +437,36 @@ def check_together(args: argparse.Namespace) -> None:
             raise ValueError(f'--{flag.replace("_", "-")} {pair[0]:g} {pair[1]:g}: the smaller number comes first.')
 
 
+def check_effect(args: argparse.Namespace, experts: bool, gated: bool, mean: bool) -> None:
+    """Flags of experts and distillation that were given must do something; timm's own may be there in vain, as in timm.
+
+    Args:
+        args: Of `train_parser`.
+        experts: Whether the model has MoE layers,
+        gated: some with a router,
+        mean: some in mean form.
+
+    Raises:
+        ValueError: One does nothing.
+    """
+    in_vain = (
+        (not experts, 'without experts', '--num-experts N',
+         ('share_schedule', 'share_warmup_epochs', 'share_every', 'share_stop_epoch')),
+        (not gated, 'without a router', '--router topk', ('top_k', 'balance_loss_weight', 'z_loss_weight')),
+        (not mean, 'without experts in mean form', '--expert-form mean', ('spread',)),
+        (not args.teacher, 'without a teacher', '--teacher NAME', (
+            'kd_temperature', 'distill_loss_weight', 'task_loss_weight', 'teacher_top1')),
+        (not args.torchcompile, 'alone', '--torchcompile', ('torchcompile_mode',)),
+    )
+    default = train_parser().get_default
+    for idle, why, instead, flags in in_vain:
+        for flag in flags:
+            if idle and vars(args)[flag] != default(flag):
+                raise ValueError(
+                    f'--{flag.replace("_", "-")} {vars(args)[flag]} does nothing {why}: leave it out, or give '
+                    f'{instead}.')
+
+
 def convert_parser() -> Parser:
     """The options of `convert.py`."""
     parser = Parser(prog='convert.py', usage='%(prog)s SRC --output DIR [--FLAG VALUE ...]',

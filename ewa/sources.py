@@ -193,6 +193,10 @@ def load_source(
     if layout is not None:
         return _load_released_source(source, layout, ema, model, model_kwargs or {}, img_size), dict(
             provenance=dict(layout=layout))
+    if source.is_dir() and (model or model_kwargs):
+        raise ValueError(
+            f'--model{"-kwargs" * (not model)} is for a bare file of weights; {source} is a folder and says what its '
+            f'model is: leave it out.')
     if (source / 'config.json').is_file():
         config = read_config(source)
         return load(source, ema), dict(class_names=config.get('label_names'), provenance=config.get('ewa', {}))

@@ -10,7 +10,7 @@ from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from typing import Any, Callable, Dict, List, Sequence, Union, cast
+from typing import Any, Callable, Dict, List, Sequence, Tuple, Union, cast
 
 import torch
 from timm.models import register_notrace_module
@@ -194,13 +194,14 @@ def to_moe(
             raise ValueError(
                 f'{name} runs its forward pass again in the backward pass (gradient checkpointing inside it), and by '
                 f"then the weights of the mean form are gone: checkpoint the whole block, or use form='experts'.")
-    owners: Dict[int, List[str]] = {}
+    owners: Dict[Tuple[bool, int], List[str]] = {}
     for owner, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f'{owner}.{key}')
+                owners.setdefault(_place(parameter), []).append(f'{owner}.{key}')
     for name in names:
-        shared = next((owners[id(p)] for p in model.get_submodule(name).parameters() if len(owners[id(p)]) > 1), None)
+        places = map(_place, model.get_submodule(name).parameters())
+        shared = next((owners[place] for place in places if len(owners[place]) > 1), None)
         if shared:
             raise ValueError(
                 f'{" and ".join(shared)} are one parameter; as experts they would no longer be. Leave {name} out.')
@@ -238,6 +239,12 @@ def to_moe(
         args.update(form=form, spread=spread)
     describe_moe(model, args)
     return model
+
+
+def _place(parameter: nn.Parameter) -> Tuple[bool, int]:
+    """What two parameters have in common that are one or, tied by `.data`, have one memory."""
+    plain = type(parameter) is nn.Parameter and parameter.numel() and not parameter.is_meta
+    return (True, parameter.data_ptr()) if plain else (False, id(parameter))
 
 
 def _warn(

@@ -711,3 +711,30 @@ class TestHalfPrecision:
         for expert, values in zip(layer.experts, expected):
             for p, value in zip(expert.fc2.parameters(), values):
                 torch.testing.assert_close(p.double(), value, atol=2e-7, rtol=0)
+
+
+@pytest.mark.parametrize('method', ['step', 'descend', 'by hand'])
+def test_an_optimizer_that_never_steps_is_named_once(tiny, method):
+    class Other(torch.optim.SGD):
+        def descend(self):
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for p in group['params']:
+                        p -= 1e-3 * p.grad
+
+    model = ewa.to_moe(tiny())
+    optimizer = Other(model.parameters(), lr=1e-3)
+    averager = ewa.ExpertAverager(model, 0.1)
+    averager.attach(optimizer)
+    parameter = model.blocks[1].mlp.experts[0].fc1.weight
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        for _ in range(220):
+            sum(p.sum() for p in model.parameters()).backward()
+            getattr(optimizer, 'descend' if method == 'by hand' else method)()
+            if method == 'by hand':
+                averager.step()
+    said = [str(w.message) for w in caught]
+    assert said == ['After 100 backward passes Other.step() was not called, so no expert was pulled. If it trains by '
+                    'another method, call averager.step() after that instead of attaching.'] * (method == 'descend')
+    assert not parameter._post_accumulate_grad_hooks  # nothing is left to be called

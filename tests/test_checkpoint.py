@@ -436,7 +436,10 @@ def test_a_damaged_checkpoint_is_one_line_before_anything_is_written(trained, fo
     for file in ('state.json', 'model.safetensors', 'ema.safetensors', 'optimizer.bin'):
         shutil.rmtree(tmp_path / 'run', ignore_errors=True)
         shutil.copytree(trained, tmp_path / 'run')
-        (newest(tmp_path / 'run') / file).write_bytes(b'half')
+        only = newest(tmp_path / 'run')
+        for older in set((tmp_path / 'run' / 'checkpoints').iterdir()) - {only}:
+            shutil.rmtree(older)
+        (only / file).write_bytes(b'half')
         before = files(tmp_path / 'run')
         code, lines = fails(run_train, '--data-dir', folder, '--output', tmp_path, '--experiment', 'run', '--resume',
                             '--model-ema', '--epochs', 3)
@@ -452,6 +455,21 @@ def test_a_finished_run_without_checkpoints_is_not_overwritten(trained, folder, 
     before = files(run)
     code, lines = fails(run_train, '--data-dir', folder, '--output', tmp_path, '--experiment', 'run', '--resume')
     assert code == 2 and len(lines) == 1 and 'has no checkpoint to go on from' in lines[0] and files(run) == before
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(trained, folder, tmp_path, capsys):
+    run = tmp_path / 'run'
+    (run / 'checkpoints' / '.update-00000005.new').mkdir(parents=True)
+    shutil.copy(trained / 'args.yaml', run)
+    (run / 'events.out.tfevents.1.host.1.0').touch()
+    flags = ['--data-dir', folder, '--output', tmp_path, '--experiment', 'run', '--resume', '--epochs', 1]
+    (run / 'notes.txt').touch()  # of somebody else
+    code, lines = fails(run_train, *flags)
+    assert code == 2 and 'has no checkpoint to go on from' in lines[-1]
+    (run / 'notes.txt').unlink()
+    run_train(*flags)
+    assert f'No checkpoint in {run}: starting fresh.' in capsys.readouterr().out
+    assert [path.name for path in (run / 'checkpoints').iterdir()] == ['update-00000005']
 
 
 @pytest.mark.parametrize('flags, words', [
@@ -482,22 +500,35 @@ def test_micro_batches_of_another_size_are_those_of_the_same_updates(go, tmp_pat
         assert row['train_loss'] == pytest.approx(expected['train_loss'], rel=1e-5)
 
 
-@pytest.mark.parametrize('file', ['state.json', 'model.safetensors', 'optimizer.bin', 'ema.safetensors'])
-def test_a_checkpoint_that_lost_a_file_is_left_out_and_named(trained, folder, tmp_path, capsys, file):
+@pytest.mark.parametrize('file, how, why', [
+    *((file, 'lost', f'it has lost {file}') for file in (
+        'state.json', 'model.safetensors', 'optimizer.bin', 'ema.safetensors')),
+    *((file, 'cut', f'its {file} is damaged') for file in ('model.safetensors', 'optimizer.bin', 'ema.safetensors')),
+    ('state.json', 'cut', 'state.json is damaged, it is not JSON'),
+    ('state.json', 'batch', "its entry batch is '-1'")])
+def test_a_checkpoint_that_is_not_whole_is_left_out_and_named(
+        trained, folder, tmp_path, capsys, file, how, why):
     shutil.copytree(trained, tmp_path / 'run')
-    (newest(tmp_path / 'run') / file).unlink()
-    assert newest(tmp_path / 'run').name == 'update-00000005'
+    path = newest(tmp_path / 'run') / file
+    if how == 'lost':
+        path.unlink()
+    elif how == 'cut':
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        path.write_text(json.dumps({**json.loads(path.read_text()), 'batch': -1}))
     run_train('--data-dir', folder, '--output', tmp_path, '--experiment', 'run', '--resume', '--model-ema',
               '--model-ema-decay', 0.7, '--drop-path', 0.1, '--share-schedule', 'linear', '--share-rate', 0.1)
-    assert f'epoch 1. update-00000010 is left out, it has lost {file}.' in capsys.readouterr().out
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('Resuming'))
+    assert 'update-00000005, epoch 1. update-00000010 is left out: ' in said and why in said
+    # the run ends with whole checkpoints, the damaged one is replaced by its own
     assert equal(weights(tmp_path / 'run'), weights(trained))
+    assert [path.name for path in ewa.checkpoint.checkpoints(tmp_path / 'run')][-1] == 'update-00000010'
 
 
 @pytest.mark.parametrize('change, words', [
     (dict(update=10 ** 9), 'is at update 1000000000, 2 epochs and 0 batches; with these flags and images an epoch has'),
     (dict(batch=10 ** 9), 'an epoch has 5 updates'), (dict(epoch=10 ** 9), 'an epoch has 5 updates'),
-    (dict(batch=-1), "its entry batch is '-1'"), (dict(settings={}, update=4), 'an epoch has 5 updates'),
-    (dict(settings=dict(batch_size={})), 'its entry settings.batch_size is')], ids=str)
+    (dict(settings={}, update=4), 'an epoch has 5 updates')], ids=str)
 def test_a_checkpoint_at_a_place_that_is_none_is_refused(trained, folder, tmp_path, change, words):
     shutil.copytree(trained, tmp_path / 'run')
     path = newest(tmp_path / 'run') / 'state.json'

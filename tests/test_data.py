@@ -301,6 +301,12 @@ def test_image_files_that_are_not_read_are_counted(folder, tmp_path):
     (tmp_path / 'map.txt').write_text('bag\ncoat\n')
     part = opened(options('--data-dir', folder, '--class-map', tmp_path / 'map.txt'))
     assert len(part) == 16 and complaint(part).startswith('64 image files are left out')
+    with tarfile.open(tmp_path / 'train.tar', 'w') as tar:
+        for path in sorted((root / 'train').rglob('*.*')):
+            tar.add(path, f'train/{path.parent.name}/{path.name}')
+    part = opened(options('--data-dir', tmp_path), 'train.tar')
+    assert len(part) == 78 and complaint(part).startswith('2 image files are left out')
+    assert complaint(part).endswith(f'the first is train/{paths[0].parent.name}/{paths[0].stem}.webp')
 
 
 @pytest.mark.parametrize('split, is_training', [('train', True), ('validation', False)])

@@ -9,6 +9,7 @@ from ewa.moe import ROUTERS, RandomPartitionMoE, moe_layers
 from ewa.options import (
     ABSENT,
     MOE_FLAGS,
+    check_effect,
     check_together,
     convert_parser,
     gathering_options,
@@ -263,3 +264,23 @@ def test_flags_that_contradict_each_other(line, words):
         check_together(train_parser().parse_args(line.split()))
     check_together(train_parser().parse_args(['--warmup-epochs', '301', '--warmup-prefix']))
     check_together(train_parser().parse_args(['--epochs', '1']))
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--top-k', '3'], '--top-k 3 does nothing without a router: leave it out, or give --router topk'),
+    (['--z-loss-weight', '0.1'], '--z-loss-weight 0.1 does nothing without a router'),
+    (['--spread', '1'], '--spread 1.0 does nothing without experts in mean form: leave it out, or give --expert-form'),
+    (['--kd-temperature', '2'], '--kd-temperature 2.0 does nothing without a teacher'),
+    (['--torchcompile-mode', 'default'], '--torchcompile-mode default does nothing alone')])
+def test_flags_in_vain_are_refused(flags, words):
+    args = train_parser().parse_args(flags)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        check_effect(args, experts=True, gated=False, mean=False)
+    args.teacher, args.torchcompile = 'name', 'inductor'
+    check_effect(args, experts=True, gated=True, mean=True)
+
+
+def test_defaults_are_never_in_vain():
+    """Neither is a file that says them."""
+    given = ['--balance-loss-weight', '0.01', '--kd-temperature', '4', '--share-every', '1', '--amp-dtype', 'bfloat16']
+    check_effect(train_parser().parse_args(given), experts=False, gated=False, mean=False)

@@ -305,9 +305,13 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(tiny):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
-def test_ffns_that_share_parameters_are_refused(tiny):
+@pytest.mark.parametrize('tie', ['parameter', 'data'])
+def test_ffns_that_share_parameters_are_refused(tiny, tie):
     model = tiny()
-    model.blocks[3].mlp.fc1.weight = model.blocks[1].mlp.fc1.weight
+    if tie == 'parameter':
+        model.blocks[3].mlp.fc1.weight = model.blocks[1].mlp.fc1.weight
+    else:
+        model.blocks[3].mlp.fc1.weight.data = model.blocks[1].mlp.fc1.weight.data
     text = repr(model)
     with pytest.raises(ValueError, match='blocks.1.mlp.fc1.weight and blocks.3.mlp.fc1.weight are one parameter'):
         ewa.to_moe(model)
