@@ -16,7 +16,7 @@ from .common import DEVICE, ROOT
 SMALL = '--model small --batch-size 100'
 RUNS: Dict[str, Dict[str, List[str]]] = {
     'cpu': {
-        'step': ['', f'{SMALL} --rounds 40', f'{SMALL} --rounds 20 --experts 2 8 16 --no-rivals',
+        'step': ['--no-rivals --rounds 4', f'{SMALL} --rounds 40', f'{SMALL} --rounds 20 --experts 2 8 16 --no-rivals',
                  f'{SMALL} --rounds 20 --layers every:2 --dtype bfloat16 --no-rivals',
                  f'{SMALL} --rounds 20 --layers every:2 --compile --no-rivals',
                  '--model vit_tiny_patch16_224 --experts 2 8 16 --no-rivals --rounds 4'],
@@ -26,7 +26,7 @@ RUNS: Dict[str, Dict[str, List[str]]] = {
         'processes': [''],
         'convert': [''],
         'refit': ['--images 128 --threads 2'],
-        'end_to_end': [''],
+        'end_to_end': ['--images 480'],
         'inference': [''],
         'scale': ['--experts 2 4 8 16 64'],
     },

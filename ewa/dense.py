@@ -314,13 +314,17 @@ def _fit_jointly(
     wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     if len({images.shape[1:] for images in (*fitted, *held)}) > 1:
         raise ValueError('joint_steps mixes calibration images: give all of one size.')
+    if fitted[0].ndim != 4:
+        raise ValueError(
+            f'joint_steps cuts and moves images (N, C, H, W), and the batches have shape {tuple(fitted[0].shape)}: '
+            f'leave it out.')
     teacher = deepcopy(model).to(wide)
     named = dict(teacher.named_modules())
     trained = {name: deepcopy(ffn).to(wide) for name, ffn in ffns.items()}
     student = deepcopy(teacher, {id(named[name]): ffn for name, ffn in trained.items()})
     student.requires_grad_(False)
     parameters = {
-        p.requires_grad_(): refit.usual_rate(read_ffn(ffn).up.shape[2]) for ffn in trained.values()
+        p.requires_grad_(): 2 * refit.usual_rate(read_ffn(ffn).up.shape[2]) for ffn in trained.values()
         for p in ffn.parameters()}
     device = next(iter(parameters)).device
 

@@ -226,9 +226,9 @@ def _tried(question: Callable[[nn.Module, Layout], Any], module: nn.Module, layo
     key = question.__name__, type(module), layout, f'{module}{own}'
     if key in _TRIED:
         return _TRIED[key]
-    # whatever the caller has set up, such as models built on the meta device or under autocast
+    # whatever the caller has set up, such as models built on the meta device, under autocast or in inference mode
     with torch.device('cpu'), torch.random.fork_rng(devices=[]), torch.autocast('cpu', enabled=False), \
-            warnings.catch_warnings():
+            torch.inference_mode(False), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         answer = question(module, layout)
     if ' at 0x' not in key[-1]:  # an address may be somebody else's tomorrow

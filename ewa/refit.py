@@ -292,9 +292,10 @@ def fit_outputs(
 ) -> None:
     """Train some parameters of a model so that its outputs are those of another: Adam, warm-up and cosine as in `fit`.
 
-    A few hundred images are soon learnt by heart, so each one is mixed with another: `a x + (1 - a) x'`, `a` uniform,
-    and what is asked for is what the other model makes of the mixture. The loss is `|model(x) - teacher(x)|^2` relative
-    to the variance of the teacher's outputs over the images. Images and mixtures are drawn by a generator of their own.
+    A few hundred images are soon learnt by heart, so a rectangle of each one is replaced by that of another, both moved
+    by up to an eighth of their sides, and what is asked for is what the other model makes of the result. The loss is
+    `|model(x) - teacher(x)|^2` relative to the variance of the teacher's outputs over the images. All is drawn by a
+    generator of its own.
 
     Args:
         model, teacher: Map images to outputs (B, ...).
@@ -304,7 +305,8 @@ def fit_outputs(
         batch_size: Images a step; all of them, if there are fewer. No more pixels than 16 images of 224 x 224 have go
             through the models at once.
 
-    Sources: mixing is that of mixup (1710.09412), in distillation that of function matching (2106.05237).
+    Sources: the rectangles are those of CutMix (1905.04899); mixing in distillation without labels, function matching
+    (2106.05237).
     """
     generator = torch.Generator().manual_seed(0)
     device = next(iter(parameters)).device
@@ -315,9 +317,9 @@ def fit_outputs(
     optimizer, schedule = _adam(parameters, steps)
     batch_size = min(batch_size, len(images))
     for _ in range(steps):
-        first, second = (torch.randperm(len(images), generator=generator)[:batch_size] for _ in range(2))
-        part = torch.rand(batch_size, *[1] * (images.ndim - 1), generator=generator).to(images.dtype)
-        mixed = part * images[first] + (1 - part) * images[second]
+        first, second = (
+            _moved(images[torch.randperm(len(images), generator=generator)[:batch_size]], generator) for _ in range(2))
+        mixed = torch.where(_rectangles(first, generator), second, first)
         optimizer.zero_grad()
         for some in mixed.to(device).split(at_once):
             with torch.no_grad():
@@ -328,6 +330,26 @@ def fit_outputs(
                 p.grad = gradient if p.grad is None else p.grad + gradient
         optimizer.step()
         schedule.step()
+
+
+def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (B, C, H, W) moved together by up to an eighth of their sides; pixels of the edges fill the gap."""
+    height, width = images.shape[2:]
+    down, right = height // 8, width // 8
+    top, left = (int(torch.randint(2 * most + 1, (), generator=generator)) for most in (down, right))
+    padded = nn.functional.pad(images, (right, right, down, down), mode='replicate')
+    return padded[:, :, top:top + height, left:left + width]
+
+
+def _rectangles(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A mask (B, 1, H, W) of one rectangle in each image, of sides and place uniform in what there is room for."""
+    masks = []
+    for side in images.shape[2:]:
+        length = torch.rand(len(images), 1, generator=generator)
+        start = torch.rand(len(images), 1, generator=generator) * (1 - length)
+        middle = (torch.arange(side) + 0.5) / side
+        masks.append((middle >= start) & (middle < start + length))
+    return masks[0][:, None, :, None] & masks[1][:, None, None, :]
 
 
 def _adam(

@@ -115,6 +115,7 @@ class Setting:
         kwargs['embed_dim'] = kind.width
         if kind.mlp_ratio != 4:
             kwargs['mlp_ratio'] = kind.mlp_ratio
+        kwargs.update(extra.pop('model-kwargs', {}))
         flags = {**self.flags, 'model-kwargs': kwargs, 'epochs': epochs, 'lr': lr, 'warmup-epochs': 1, **extra}
         return Run(name, dict(flags, seed=labels['seed']), labels)
 

@@ -611,7 +611,7 @@ def test_refit_gives_the_same_bits_again_and_leaves_the_model_as_it_was(tiny, st
 @pytest.mark.filterwarnings('ignore:.*calibration tokens for')
 def test_joint_steps_bring_the_outputs_closer_and_change_ffns_alone(tiny):
     model = gated(tiny())
-    plain, trained = [ewa.to_dense(model, 'refit', many_images(), joint_steps=steps) for steps in (0, 60)]
+    plain, trained = [ewa.to_dense(model, 'refit', many_images(), joint_steps=steps) for steps in (0, 120)]
     error = trained.conversion['outputs_error']
     assert error['after'] < .95 * error['before'] and 'outputs_error' not in plain.conversion
     held = hold_out(many_images())[1]

@@ -269,7 +269,8 @@ def test_every_run_of_a_study_is_a_command_line_of_the_scripts(study, name, gpu,
     monkeypatch.setattr(studies.pretrained, 'best_rate', lambda *_: 0.1)
     for module in (studies.tune, studies.main, studies.mean):
         monkeypatch.setattr(module, 'chosen', lambda *_: {'lr': 0.1, 'weight-decay': 0.2, 'drop-path': 0.3})
-    monkeypatch.setattr(studies.gathering, 'best_rate', lambda *_: 0.1)
+    for module in (studies.gathering, studies.whole):
+        monkeypatch.setattr(module, 'best_rate', lambda *_: 0.1)
     for module in (setting, *(study for study in vars(studies).values() if hasattr(study, 'subset'))):
         monkeypatch.setattr(module, 'subset', lambda source, count, target, classes=None: target)
     s = setting.setting(data, tmp_path / 'work', gpu, None)

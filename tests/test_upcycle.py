@@ -462,3 +462,12 @@ def test_any_module_with_ffns_will_do():
     model = nn.Sequential(Block(), Block())
     ewa.to_moe(model)
     assert isinstance(model[1].ffn, RandomPartitionMoE) and not list(moe_layers(model[0]))
+
+
+@pytest.mark.parametrize('form', ['experts', 'mean'])
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+def test_models_are_converted_where_nothing_is_differentiated(tiny, monkeypatch, mode, form):
+    monkeypatch.setattr('ewa.ffn._TRIED', {})
+    with mode():
+        model = ewa.to_moe(tiny(), form=form).eval()
+        assert model(torch.zeros(1, 3, 32, 32)).isfinite().all()
