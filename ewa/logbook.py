@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, TextIO, cast
 
@@ -95,6 +96,19 @@ class Logbook:
                 os.close(self.lock)
                 raise ValueError(f'{experiment} is being written by another run: give another --experiment.') from e
             remove_leftovers(experiment)
+        if accelerator.log_with:
+            try:
+                with foreign(f'--log-with {" ".join(arguments["log_with"])} can\'t start'):
+                    accelerator.init_trackers(
+                        'ewa', {key: str(value) for key, value in arguments.items()},
+                        dict(wandb=dict(name=experiment.name, dir=str(experiment))))
+            except ValueError:
+                if accelerator.is_main_process:
+                    os.close(self.lock)
+                    with suppress(OSError):  # it was there before
+                        experiment.rmdir()
+                raise
+        if accelerator.is_main_process:
             (experiment / 'args.yaml').write_text(yaml.safe_dump(arguments))
             trim_summary(str(experiment / 'summary.csv'), state.epoch + 1)
             self.board = SummaryWriter(str(experiment), purge_step=state.update + 1)
@@ -102,11 +116,6 @@ class Logbook:
             rows = [f'| {key} | ' + value.replace('|', '\\|') + ' |' for key, value in given.items()
                     if value not in ('None', 'False', '', '{}')]
             self.board.add_text('arguments', '\n'.join(['| flag | value |', '|---|---|', *rows]))
-        if accelerator.log_with:
-            with foreign(f'--log-with {" ".join(arguments["log_with"])} can\'t start'):
-                accelerator.init_trackers(
-                    'ewa', {key: str(value) for key, value in arguments.items()},
-                    dict(wandb=dict(name=experiment.name, dir=str(experiment))))
         self.interactive = accelerator.is_main_process and sys.stderr.isatty()
         self.bar = tqdm(
             total=epochs * updates_per_epoch, initial=state.update, disable=not self.interactive, unit='update',

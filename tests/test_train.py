@@ -162,6 +162,18 @@ def test_other_trackers_get_the_curves_too(go, monkeypatch):
         assert told[tag, step] == pytest.approx(value)
 
 
+def test_a_tracker_that_cant_start_leaves_nothing(folder, tmp_path, monkeypatch):
+    def init_trackers(*args, **kwargs):
+        raise RuntimeError('api_key not configured')
+
+    monkeypatch.setattr(train.Accelerator, 'init_trackers', init_trackers)
+    monkeypatch.setattr(tracking, '_available_trackers', [LoggerType.WANDB])
+    code, lines = fails(run_train, '--data-dir', folder, '--output', tmp_path, '--experiment', 'run', '--log-with',
+                        'wandb')
+    assert code == 2 and lines == ["train.py: error: --log-with wandb can't start: api_key not configured"]
+    assert not (tmp_path / 'run').exists()
+
+
 def test_share_rate_reaches_the_experts(go):
     runs = [go('--share-rate', rate, '--expert-init', 'independent', '--epochs', 1, experiment=f'rate{rate}')
             for rate in (0, 0.75)]

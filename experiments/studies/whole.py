@@ -116,7 +116,7 @@ width" 1 instead of 4), there with MoEs in all blocks too. Of the largest rate t
   that MoE. MoEs in all blocks were not tried with wide FFNs.
 - One run a line; with width 32 and 64 the largest rate is the best and larger ones were not tried.
 - The mean form at the dense model's rate is between 1.9 points behind the dense model and 8.9 ahead, by seed: at width
-  32 one dense model of two stays at 70 %. EWA in every second block is 0.7 to 2.9 behind (but for that one).
+  32 one dense model of two stays at 70 %. EWA in every second block is 0.7 to 3.4 behind (but for that one).
 
 EWA is far behind on glyphs at each rate tried, and at its best: 67 % where that model has 83 (test). Our reading: the
 dense model's validation loss falls to the last epoch, so there is nothing to regularise, and experts that see a quarter
