@@ -68,6 +68,16 @@ def scored(key: str, part: str = 'test') -> Callable[[Dict[str, Any]], float]:
     return lambda line: line[part][key]
 
 
+def compared(lines: Lines, reference: Lines) -> List[str]:
+    """Cells of a row: top-1 and its difference to that of a reference, paired over seeds, and the same of NLL."""
+    cells = []
+    for key, digits in (('top1', 2), ('nll', 3)):
+        scores = by_seed(lines, scored(key))
+        cells += [mean_se(list(scores.values()), digits), '' if lines == reference else with_interval(
+            paired(scores, by_seed(reference, scored(key))), digits)]
+    return cells
+
+
 def provenance(lines: Lines, what: str = 'Mean ± standard error over seeds, test set.') -> str:
     """How many runs, which seeds, on which machines, how long; and what the cells are."""
     machines = list(dict.fromkeys(

@@ -3,7 +3,7 @@ from typing import Iterator, List, Sequence
 
 from ..runner import Run
 from ..setting import EWA, Flags, Notes, Setting, Study
-from ..tables import Lines, by_seed, mean_se, paired, provenance, scored, select, table, unique, with_interval
+from ..tables import Lines, compared, provenance, select, table, unique
 from .tune import chosen
 
 SEARCH = tuple((rate, spread) for spread in (0.3, 1.) for rate in (0.1, 0.01, 0.3))
@@ -21,7 +21,7 @@ def runs(s: Setting) -> Iterator[List[Run]]:
     """One setting for all sets, on seeds it was not chosen on, at the dense flags; then share rates and spreads."""
     short, long = s.lengths
 
-    def compared(size: int, epochs: int, flags: Flags, variants: Sequence[str]) -> List[Run]:
+    def of_seeds(size: int, epochs: int, flags: Flags, variants: Sequence[str]) -> List[Run]:
         result = []
         for seed in range(5, 5 + (s.seeds or 5)):
             for variant in variants:
@@ -36,15 +36,15 @@ def runs(s: Setting) -> Iterator[List[Run]]:
     weak = f'mean form, {WEAK:g}'
     flags = chosen(s, 'dense', long, 2)
     pair = ('dense', 'mean form')
-    yield compared(s.size, long, flags, pair)
+    yield of_seeds(s.size, long, flags, pair)
     yield [s.train(f'search-{rate:g}-{spread:g}', dict(variant='search', rate=rate, spread=spread, seed=100),
                    s.size, long, **mean_form(rate, spread), **flags) for rate, spread in SEARCH]
-    yield compared(s.size * 4, long // 2, flags, pair)
-    yield compared(s.size, long, flags, CONTROLS)
-    yield compared(s.size, short, chosen(s, 'dense', short, 2), pair)
-    yield compared(s.size, long, flags, (weak,))
-    yield compared(s.size, short, chosen(s, 'dense', short, 2), (weak,))
-    yield compared(s.size * 4, long // 2, flags, (weak,))
+    yield of_seeds(s.size * 4, long // 2, flags, pair)
+    yield of_seeds(s.size, long, flags, CONTROLS)
+    yield of_seeds(s.size, short, chosen(s, 'dense', short, 2), pair)
+    yield of_seeds(s.size, long, flags, (weak,))
+    yield of_seeds(s.size, short, chosen(s, 'dense', short, 2), (weak,))
+    yield of_seeds(s.size * 4, long // 2, flags, (weak,))
 
 
 def tables(lines: Lines, name: str) -> str:
@@ -60,10 +60,10 @@ def tables(lines: Lines, name: str) -> str:
         rows.append(row)
     parts = ['Validation top-1 / NLL over share rate and spread, one seed:', '',
              table(('share rate', *(f'spread {spread:g}' for spread in spreads)), rows)]
-    compared = [line for line in lines if line['labels']['variant'] != 'search']
-    if compared:
+    others = [line for line in lines if line['labels']['variant'] != 'search']
+    if others:
         parts += ['', f'Share rate {RATE}, spread {SPREAD}; 95 % intervals (Student, over seeds):', '',
-                  against_dense(compared)]
+                  against_dense(others)]
     return '\n'.join([*parts, '', provenance(lines)])
 
 
@@ -77,12 +77,7 @@ def against_dense(lines: Lines) -> str:
             group = select(cell, variant=variant)
             if not group:
                 continue
-            row = [f'{images:,} x {epochs}', variant, str(len(group))]
-            for key, digits in (('top1', 2), ('nll', 3)):
-                scores = by_seed(group, scored(key))
-                row += [mean_se(list(scores.values()), digits), '' if variant == 'dense' else
-                        with_interval(paired(scores, by_seed(dense, scored(key))), digits)]
-            rows.append(row)
+            rows.append([f'{images:,} x {epochs}', variant, str(len(group)), *compared(group, dense)])
     return table(('cell', 'variant', 'seeds', 'top-1', 'to dense', 'NLL', 'to dense'), rows)
 
 

@@ -3,7 +3,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from ..runner import Run, read_results
 from ..setting import EWA, Flags, Notes, Setting, Study, Whole
-from ..tables import Lines, by_seed, mean_se, paired, provenance, scored, select, table, unique, with_interval
+from ..tables import Lines, compared, provenance, select, table, unique
 from .mean import RATE, SPREAD, mean_form
 
 DENSE_ONLY = 0.064  # a learning rate above the best of every MoE
@@ -54,7 +54,7 @@ def tables(lines: Lines, name: str) -> str:
         labels = line['labels']
         return (labels['width'], labels['epochs'], labels.get('mlp_ratio', 4), labels['variant'], labels['lr'])
 
-    compared = select(lines, stage='compared')
+    paired_lines = select(lines, stage='compared')
     lines_of_search = [line for line in lines if 'stage' not in line['labels']]
     rows = [(*(f'{value}' for value in setting(line)), f'{line["last"]["eval_top1"]:.2f}',
              f'{line["last"]["eval_loss"]:.3f}', f'{line["test"]["top1"]:.2f}', f'{line["last"]["train_seconds"]:.0f}')
@@ -62,9 +62,9 @@ def tables(lines: Lines, name: str) -> str:
     header = ('width', 'epochs', 'FFN width / width', 'model', 'learning rate', 'val top-1', 'val loss', 'test top-1',
               'training, s')
     parts = [table(header, rows), '']
-    if compared:
+    if paired_lines:
         parts += ["At the dense model's best rate, experts in all blocks unless named; 95 % intervals (Student, over "
-                  'seeds):', '', _against_dense(compared), '']
+                  'seeds):', '', _against_dense(paired_lines), '']
     return '\n'.join([*parts, provenance(lines, 'In the first table one run a line.')])
 
 
@@ -74,12 +74,7 @@ def _against_dense(lines: Lines) -> str:
         dense = select(lines, width=width, variant='dense')
         for variant in unique(lines, 'variant'):
             group = select(lines, width=width, variant=variant)
-            row = [f'{width}', variant, str(len(group))]
-            for key, digits in (('top1', 2), ('nll', 3)):
-                scores = by_seed(group, scored(key))
-                row += [mean_se(list(scores.values()), digits), '' if variant == 'dense' else
-                        with_interval(paired(scores, by_seed(dense, scored(key))), digits)]
-            rows.append(row)
+            rows.append([f'{width}', variant, str(len(group)), *compared(group, dense)])
     return table(('width', 'variant', 'seeds', 'test top-1', 'to dense', 'NLL', 'to dense'), rows)
 
 
