@@ -1,5 +1,5 @@
 """EWA in mean coordinates (`form='mean'`) against a dense model with the same flags, and what it is that acts."""
-from typing import Iterator, List, Sequence
+from typing import Dict, Iterator, List, Sequence
 
 from ..runner import Run
 from ..setting import EWA, Flags, Notes, Setting, Study
@@ -10,6 +10,9 @@ SEARCH = tuple((rate, spread) for spread in (0.3, 1.) for rate in (0.1, 0.01, 0.
 RATE, SPREAD = 0.1, 0.3  # of a prototype with seeds 0 to 4 of glyphs
 WEAK = 0.01  # the other rate, of the lowest validation loss in the search on Fashion
 CONTROLS = ('random signs', 'one expert a batch')
+SHAPES: Dict[str, Flags] = {
+    'mean form, 2 experts': {'num-experts': 2}, 'mean form, 8 experts': {'num-experts': 8},
+    'mean form, every second': {'moe-layers': 'every:2'}}
 
 
 def mean_form(rate: float, spread: float) -> Flags:
@@ -26,6 +29,7 @@ def runs(s: Setting) -> Iterator[List[Run]]:
         for seed in range(5, 5 + (s.seeds or 5)):
             for variant in variants:
                 form: Flags = {} if variant == 'dense' else mean_form(WEAK if variant == weak else RATE, SPREAD)
+                form.update(SHAPES.get(variant, {}))
                 control = f'{variant} {form.pop("spread"):g}' if variant in CONTROLS else ''
                 if control:
                     form.pop('expert-form')
@@ -42,6 +46,7 @@ def runs(s: Setting) -> Iterator[List[Run]]:
     yield of_seeds(s.size * 4, long // 2, flags, pair)
     yield of_seeds(s.size, long, flags, CONTROLS)
     yield of_seeds(s.size, short, chosen(s, 'dense', short, 2), pair)
+    yield of_seeds(s.size, long, flags, tuple(SHAPES))
     yield of_seeds(s.size, long, flags, (weak,))
     yield of_seeds(s.size, short, chosen(s, 'dense', short, 2), (weak,))
     yield of_seeds(s.size * 4, long // 2, flags, (weak,))
