@@ -274,17 +274,17 @@ class ExpertAverager:
     def _watch(self, optimizer: Optimizer) -> None:
         """Say it once where backward passes come and the optimizer's `step()` never does; until its first one."""
         begun, passes = self.steps, 0
+        averager, kind = weakref.ref(self), type(optimizer).__name__  # what a hook of a tensor holds is never collected
 
         def count(parameter: Tensor) -> None:
             nonlocal passes
             passes += 1
-            waiting = not self._called and self.steps == begun
+            ours = averager()
+            waiting = ours is not None and not ours._called and ours.steps == begun  # noqa: SLF001  ours
             if waiting and passes == _PATIENCE:
                 warnings.warn(
-                    f'After {passes} backward passes {type(optimizer).__name__}.step() was not called, so no expert '
-                    f'was pulled. If it trains by another method, call averager.step() after that instead of '
-                    f'attaching.',
-                    stacklevel=2)
+                    f'After {passes} backward passes {kind}.step() was not called, so no expert was pulled. If it '
+                    f'trains by another method, call averager.step() after that instead of attaching.', stacklevel=2)
             if not waiting or passes == _PATIENCE:
                 handle.remove()
 

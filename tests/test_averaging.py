@@ -1,6 +1,8 @@
+import gc
 import json
 import math
 import warnings
+import weakref
 from copy import deepcopy
 
 import pytest
@@ -738,3 +740,17 @@ def test_an_optimizer_that_never_steps_is_named_once(tiny, method):
     assert said == ['After 100 backward passes Other.step() was not called, so no expert was pulled. If it trains by '
                     'another method, call averager.step() after that instead of attaching.'] * (method == 'descend')
     assert not parameter._post_accumulate_grad_hooks  # nothing is left to be called
+
+
+@pytest.mark.parametrize('form', ['experts', 'mean'])
+def test_nothing_keeps_a_model_alive(tiny, form):
+    model = ewa.to_moe(tiny(), form=form)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ewa.ExpertAverager(model, 0.1).attach(optimizer)
+    model(torch.zeros(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    ewa.to_dense(model)
+    alive = weakref.ref(model)
+    del model, optimizer
+    gc.collect()
+    assert alive() is None
