@@ -237,8 +237,9 @@ def build(
     seed_all(args.seed, 0)
     model = build_model(args)
     layers = [layer for _, layer in moe_layers(model)]
-    check_effect(args, experts=bool(layers), gated=not all(map(is_random, layers)),
-                 mean=any(hasattr(layer, 'deviations') for layer in layers))
+    given = args.share_rate if share_rate is None else 1.  # a policy may pull
+    check_effect(args, pulls=any(map(is_random, layers)) if given is None else bool(layers) and given > 0,
+                 gated=not all(map(is_random, layers)), mean=any(hasattr(layer, 'deviations') for layer in layers))
     data_config = preparation(model, args)
     model.pretrained_cfg = dict(model.pretrained_cfg, mean=data_config['mean'], std=data_config['std'])
     flops_per_image = 3 * forward_flops(model, data_config['input_size'])  # backward: about twice the forward

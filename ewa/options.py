@@ -437,21 +437,22 @@ def check_together(args: argparse.Namespace) -> None:
             raise ValueError(f'--{flag.replace("_", "-")} {pair[0]:g} {pair[1]:g}: the smaller number comes first.')
 
 
-def check_effect(args: argparse.Namespace, experts: bool, gated: bool, mean: bool) -> None:
+def check_effect(args: argparse.Namespace, pulls: bool, gated: bool, mean: bool) -> None:
     """Flags of experts and distillation that were given must do something; timm's own may be there in vain, as in timm.
 
     Args:
         args: Of `train_parser`.
-        experts: Whether the model has MoE layers,
-        gated: some with a router,
-        mean: some in mean form.
+        pulls: Whether experts are pulled at a rate above 0.
+        gated: Whether the model has MoE layers with a router,
+        mean: or in mean form.
 
     Raises:
         ValueError: One does nothing.
     """
     in_vain = (
-        (not experts, 'without experts', '--num-experts N',
+        (not pulls, 'where no experts are pulled', '--share-rate R above 0',
          ('share_schedule', 'share_warmup_epochs', 'share_every', 'share_stop_epoch')),
+        (args.share_schedule == 'constant', 'at a constant rate', '--share-schedule linear', ('share_warmup_epochs',)),
         (not gated, 'without a router', '--router topk', ('top_k', 'balance_loss_weight', 'z_loss_weight')),
         (not mean, 'without experts in mean form', '--expert-form mean', ('spread',)),
         (not args.teacher, 'without a teacher', '--teacher NAME', (

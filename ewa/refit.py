@@ -319,7 +319,7 @@ def fit_outputs(
     for _ in range(steps):
         first, second = (
             _moved(images[torch.randperm(len(images), generator=generator)[:batch_size]], generator) for _ in range(2))
-        mixed = torch.where(_rectangles(first, generator), second, first)
+        mixed = torch.where(_rectangles(first, generator).to(first.device), second, first)
         optimizer.zero_grad()
         for some in mixed.to(device).split(at_once):
             with torch.no_grad():

@@ -270,17 +270,25 @@ def test_flags_that_contradict_each_other(line, words):
     (['--top-k', '3'], '--top-k 3 does nothing without a router: leave it out, or give --router topk'),
     (['--z-loss-weight', '0.1'], '--z-loss-weight 0.1 does nothing without a router'),
     (['--spread', '1'], '--spread 1.0 does nothing without experts in mean form: leave it out, or give --expert-form'),
+    (['--share-every', '2'], '--share-every 2 does nothing where no experts are pulled: leave it out, or give'),
     (['--kd-temperature', '2'], '--kd-temperature 2.0 does nothing without a teacher'),
     (['--torchcompile-mode', 'default'], '--torchcompile-mode default does nothing alone')])
 def test_flags_in_vain_are_refused(flags, words):
     args = train_parser().parse_args(flags)
     with pytest.raises(ValueError, match=re.escape(words)):
-        check_effect(args, experts=True, gated=False, mean=False)
+        check_effect(args, pulls=False, gated=False, mean=False)
     args.teacher, args.torchcompile = 'name', 'inductor'
-    check_effect(args, experts=True, gated=True, mean=True)
+    args.share_schedule = 'linear'
+    check_effect(args, pulls=True, gated=True, mean=True)
 
 
 def test_defaults_are_never_in_vain():
     """Neither is a file that says them."""
     given = ['--balance-loss-weight', '0.01', '--kd-temperature', '4', '--share-every', '1', '--amp-dtype', 'bfloat16']
-    check_effect(train_parser().parse_args(given), experts=False, gated=False, mean=False)
+    check_effect(train_parser().parse_args(given), pulls=False, gated=False, mean=False)
+
+
+def test_a_warm_up_of_a_constant_share_rate_is_in_vain():
+    args = train_parser().parse_args(['--share-warmup-epochs', '2'])
+    with pytest.raises(ValueError, match='--share-warmup-epochs 2.0 does nothing at a constant rate'):
+        check_effect(args, pulls=True, gated=False, mean=False)
