@@ -24,7 +24,7 @@ from ewa.exporting import NotVerified, require_onnx, versions
 from ewa.ffn import layout_of
 from ewa.gathering import METHODS
 from ewa.moe import is_gated, moe_layers, pulled
-from ewa.options import convert_parser, gathering_options
+from ewa.options import check_images_used, convert_parser, gathering_options
 from ewa.report import write_report
 from ewa.sources import load_source
 
@@ -277,6 +277,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if not layers:
             raise ValueError(f'{args.source} holds a dense model: there is nothing to convert.')
         gated = any(is_gated(layer) for layer in layers.values())
+        check_images_used(args, gated)
         methods = conversions(args, gated)
         data_config = preparation(model, args)
         batches, calibration = open_images(args, model, data_config, known.get('class_names'), gated)

@@ -27,7 +27,7 @@ RUNS: Dict[str, Dict[str, List[str]]] = {
         'convert': [''],
         'refit': ['--images 128 --threads 2'],
         'end_to_end': ['--images 480'],
-        'inference': [''],
+        'inference': ['', '--ways compiled'],
         'scale': ['--experts 2 4 8 16 64'],
     },
     'cuda': {

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from itertools import pairwise
-from typing import Any, Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, NoReturn, Optional, Sequence, Tuple
 
 import yaml
 from timm.utils import ParseKwargs
@@ -231,8 +231,12 @@ class _KeyValues(ParseKwargs):
         super().__call__(parser, namespace, values, option_string)
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Where images come from and how they are prepared; the same for training, validation and calibration."""
+def add_data_options(parser: argparse.ArgumentParser) -> Any:
+    """Where images come from and how they are prepared; the same for training, validation and calibration.
+
+    Returns:
+        The group of these options.
+    """
     group = parser.add_argument_group('Data')
     group.add_argument('--data-dir', metavar='DIR', help='root of the data set')
     group.add_argument('--dataset', metavar='NAME', default='',
@@ -265,6 +269,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
                        help='images of a process and micro-batch')
     group.add_argument('-j', '--workers', type=WHOLE, default=min(4, cores()), metavar='N',
                        help='data loading processes')
+    return group
 
 
 def train_parser() -> Parser:
@@ -272,8 +277,7 @@ def train_parser() -> Parser:
     parser = Parser(prog='train.py', usage='%(prog)s [-c FILE] DIR [--FLAG VALUE ...]',
                     description='Train a ViT, dense or as a mixture of experts.')
     parser.absent = ABSENT
-    parser.add_argument('data', nargs='?', metavar='DIR', help='root of the data set: --data-dir')
-    add_data_options(parser)
+    add_data_options(parser).add_argument('data', nargs='?', metavar='DIR', help='the same as --data-dir DIR')
 
     group = parser.add_argument_group('Model')
     group.add_argument('--model', default='vit_small_ewa', metavar='NAME', help='timm model name, or local-dir:DIR')
@@ -459,10 +463,32 @@ def check_effect(args: argparse.Namespace, pulls: bool, gated: bool, mean: bool)
             'kd_temperature', 'distill_loss_weight', 'task_loss_weight', 'teacher_top1')),
         (not args.torchcompile, 'alone', '--torchcompile', ('torchcompile_mode',)),
     )
-    default = train_parser().get_default
+    _refuse_idle(args, train_parser(), in_vain)
+
+
+def check_images_used(args: argparse.Namespace, gated: bool) -> None:
+    """`--calibration-images` must do something.
+
+    Args:
+        args: Of `convert_parser`.
+        gated: Whether the model has MoE layers with a router.
+
+    Raises:
+        ValueError: It does nothing.
+    """
+    _refuse_idle(args, convert_parser(), (
+        (not gated, 'without a router', 'a gated model', ('calibration_images',)),
+        (not (args.data_dir or args.dataset), 'without images', '--data-dir DIR', ('calibration_images',))))
+
+
+def _refuse_idle(
+        args: argparse.Namespace,
+        parser: Parser,
+        in_vain: Iterable[Tuple[bool, str, str, Tuple[str, ...]]],
+) -> None:
     for idle, why, instead, flags in in_vain:
         for flag in flags:
-            if idle and vars(args)[flag] != default(flag):
+            if idle and vars(args)[flag] != parser.get_default(flag):
                 raise ValueError(
                     f'--{flag.replace("_", "-")} {vars(args)[flag]} does nothing {why}: leave it out, or give '
                     f'{instead}.')

@@ -38,8 +38,8 @@ def vanilla(directory):
     return timm.create_model(f'local-dir:{directory}', pretrained=True).eval()
 
 
-def same_weights(directory, moe):
-    expected = ewa.to_dense(moe).state_dict()
+def same_weights(directory, moe, **options):
+    expected = ewa.to_dense(moe, **options).state_dict()
     written = load_file(directory / 'model.safetensors')
     return written.keys() == expected.keys() and all(torch.equal(written[key], expected[key]) for key in expected)
 
@@ -167,6 +167,7 @@ MISTAKES = {
     'unknown model': (['{}/moe.pth', '--model', 'nope'], 'nope is not a model'),
     'wrong model': (['{}/moe.pth', '--model', 'vit_small_ewa'], 'moe.pth', 'vit_small_ewa'),
     'other experts': (['{}/moe.pth', *BARE, 'num_experts=3'], 'moe.pth', 'num_experts'),
+    'images for nothing': (['{run}/best', '--calibration-images', '5'], '--calibration-images 5 does nothing without'),
     'no tensors': (['{}/text.pth', *BARE], 'text.pth', "can't be read as tensors"),
     'unknown method': (['{run}/best', '--method', 'nope'], 'nope', 'average'),
     'unknown flag': (['{run}/best', '--methd', 'sum'], 'nearest flag is --method'),
@@ -285,6 +286,14 @@ def test_a_mistake_of_ours_is_a_traceback(trained, tmp_path, monkeypatch, where)
         run_convert(trained / 'best', '--output', tmp_path / 'vit')
 
 
+def test_k_experts_of_a_folder_make_a_wider_vanilla_model(out, tmp_path):
+    write_folder(scatter(timm.create_model('vit_ewa', router='topk', layers='all', **TINY)), tmp_path / 'moe')
+    run_convert(tmp_path / 'moe', '--output', out, '--k', 2)  # other than 1,000 classes, which timm's loader remembers
+    wide = vanilla(out)
+    assert wide.num_classes == 10 and {block.mlp.fc1.out_features for block in wide.blocks} == {2 * 4 * 32}
+    assert same_weights(out, ewa.load(tmp_path / 'moe'), k=2)
+
+
 @pytest.mark.filterwarnings('ignore:.*calibration tokens for')
 def test_refit_says_what_it_saw_and_what_is_left(folder, out, tmp_path, capsys):
     torch.manual_seed(0)
@@ -308,6 +317,7 @@ def test_refit_says_what_it_saw_and_what_is_left(folder, out, tmp_path, capsys):
     assert vanilla(out).blocks[1].mlp.fc1.out_features == moe.blocks[1].mlp.experts[0].fc1.out_features
     for flags, words in (
             (['--method', 'refit'], 'refit needs calibration images'),
+            (['--calibration-images', '5'], '--calibration-images 5 does nothing without images: leave it out, or'),
             (['--refit-steps', 3], '--refit-steps is an option of refit, not of average')):
         code, lines = fails(run_convert, tmp_path / 'moe', '--output', tmp_path / 'x', *flags)
         assert code == 2 and words in lines[-1]
