@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import shlex
 import sys
 import threading
 import time
@@ -335,7 +336,8 @@ class Logbook:
                  + ' (EMA weights)' * of_ema + '.')
         folder = self.experiment / 'best'
         if has_experts:
-            self.say(f'Export the plain ViT with:  python convert.py {folder} --output {self.experiment / "vit"}'
+            paths = [shlex.quote(str(path)) for path in (folder, self.experiment / 'vit')]
+            self.say('Export the plain ViT with:  python convert.py {} --output {}'.format(*paths)
                      + ' --use-ema' * of_ema)
         else:
             self.say(f'The model is in {folder}' + ' (ema.safetensors)' * of_ema + '.')

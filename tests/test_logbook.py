@@ -1,5 +1,6 @@
 import math
 import re
+import shlex
 import sys
 
 import pytest
@@ -238,3 +239,12 @@ def test_the_last_lines(book, capsys, tmp_path, weights, has_experts, last):
                          '(70.00) over a dense model (50.00) kept.')
     assert best == 'Best top1: 61.23 in epoch 2' + ' (EMA weights)' * (weights == 'EMA') + '.'
     assert where == last.replace('{}', str(tmp_path / 'run'))
+
+
+def test_the_command_to_export_is_one_for_the_shell(tmp_path, capsys):
+    state = RunState(dict(architecture='vit'), dict(eval_metric='top1'), None, {})
+    state.best = dict(value=60., epoch=1, weights='model')
+    run = tmp_path / 'of mine'
+    Logbook(Accelerator(cpu=True), run, dict(output=str(tmp_path)), state, 1, 1).conclude(state, True)
+    command = capsys.readouterr().out.splitlines()[-1].split(':  ')[1]
+    assert shlex.split(command) == ['python', 'convert.py', str(run / 'best'), '--output', str(run / 'vit')]
