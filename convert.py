@@ -136,6 +136,7 @@ def top1(logits: Tensor, target: Tensor) -> float:
 
 def print_layers(records: List[Dict[str, Any]], gated: bool) -> None:
     """A table of `ewa.diagnose`."""
+    gated = gated and any('change' in record for record in records)  # without images nothing is known of it
     print(f'  {"layer":<24} experts  distance to mean  mean cosine' + '  change if averaged' * gated)
     for record in records:
         change = f'  {record["change"]:>18.4f}' if gated and 'change' in record else ''
@@ -200,8 +201,8 @@ def print_check(args: argparse.Namespace) -> None:
         print('compare "before conversion" above with the published top-1.')
     else:
         print('compare "before conversion" with the published top-1:')
-        print(f'    python convert.py {args.source} --from {args.layout} --output {args.output} --overwrite '
-              '--data-dir IMAGENET')
+        source, output = shlex.quote(args.source), shlex.quote(args.output)
+        print(f'    python convert.py {source} --from {args.layout} --output {output} --overwrite --data-dir IMAGENET')
 
 
 def write(

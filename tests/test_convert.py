@@ -94,6 +94,14 @@ def test_ema_weights_on_request(trained, tmp_path):
             assert config_of(out)['label_names'] == config_of(trained / 'last')['label_names']
 
 
+def test_no_column_without_a_value(out, capsys):
+    torch.manual_seed(0)
+    save_file(timm.create_model('vit_ewa', router='topk', **TINY).state_dict(), out.with_suffix('.safetensors'))
+    run_convert(out.with_suffix('.safetensors'), *BARE, 'router=topk', '--output', out)
+    header = next(line for line in capsys.readouterr().out.splitlines() if 'mean cosine' in line)
+    assert 'change' not in header  # it takes images to know
+
+
 def test_bare_safetensors(model, out):
     save_file(model.state_dict(), out.with_suffix('.safetensors'))
     run_convert(out.with_suffix('.safetensors'), *BARE, '--output', out)
