@@ -189,7 +189,9 @@ def similarity_figure(records: Sequence[Mapping[str, Any]], width: float = 3.4):
         axis.set_xticks([]), axis.set_yticks([])
         if side / len(values) > 0.07 * (digits + 1):
             _write_cells(axis, image, values, digits, fontsize=7)
-    figure.colorbar(image, ax=axes, label='cosine').ax.tick_params(labelsize=8)
+    scale = figure.colorbar(image, ax=axes, label='cosine')
+    scale.formatter.set_useOffset(False)  # 0.9999, not -0.0001 under a +1
+    scale.ax.tick_params(labelsize=8)
     return figure
 
 
@@ -211,7 +213,7 @@ def usage_figure(records: Sequence[Mapping[str, Any]], width: float = 3.4):
     axis.set_xlabel('expert')
     if (width - 1.5) / count > 0.3:
         _write_cells(axis, image, shares, 2, fontsize=7)
-    figure.colorbar(image, label='share of assignments')
+    figure.colorbar(image, label='share')
     return figure
 
 

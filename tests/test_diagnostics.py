@@ -225,6 +225,19 @@ def test_similarity_is_readable_in_the_heat_map(tiny, std, router):
         assert (low, high) == pytest.approx((min(sum(pairs, [])), max(sum(pairs, []))), abs=1e-4)
 
 
+@pytest.mark.parametrize('width', [3.4, 7.5])
+@pytest.mark.parametrize('depth', [1, 2, 12])
+def test_all_that_is_written_beside_a_heat_map_is_seen(width, depth):
+    record = dict(num_experts=4, similarity=[[1. - 1e-5 * abs(i - j) for j in range(4)] for i in range(4)],
+                  usage=[.1, .2, .3, .4])
+    records = [dict(record, layer=f'blocks.{i}.mlp') for i in range(depth)]
+    for figure in (similarity_figure(records, width), usage_figure(records, width)):
+        figure.canvas.draw()
+        label, frame = figure.axes[-1].yaxis.label.get_window_extent(), figure.bbox
+        assert frame.y0 <= label.y0 and label.y1 <= frame.y1 and label.x1 <= frame.x1
+        assert figure.axes[-1].yaxis.get_offset_text().get_text() == ''
+
+
 def test_errors_of_each_layer_are_shown():
     errors = {'refit': {'blocks.1.mlp': dict(fitted=.1, held_out=.3), 'blocks.3.mlp': dict(fitted=.2)}}
     axis, = error_figure(errors).axes
