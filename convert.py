@@ -10,6 +10,7 @@ import argparse
 import logging
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
@@ -76,7 +77,10 @@ def open_images(
     if names is not None and len(names) != model.num_classes:
         raise ValueError(f'The data has {len(names)} classes, the model {model.num_classes}.')
     if names is not None and trained_on and names != list(trained_on):
-        raise ValueError('The classes of the data are not those the model was trained on.')
+        pair = next(pair for pair in zip(names, trained_on) if pair[0] != pair[1])
+        raise ValueError(
+            f'The classes of the data are not those the model was trained on: where it had {pair[1]!r}, there is '
+            f'{pair[0]!r}.')
     calibration = None
     if gated:
         training = open_dataset(args, args.train_split, is_training=False, in_chans=channels)
@@ -155,6 +159,8 @@ def print_fits(dense: Dict[str, nn.Module]) -> None:
         print(f'  {"layer":<24} relative error  on images held out')
         for layer, error in record['error'].items():
             print(f'  {layer:<24} {error["fitted"]:>14.4f}  {error.get("held_out", float("nan")):>18.4f}')
+        if 'steps_in_vain' in record:
+            print(f'  steps brought {", ".join(record["steps_in_vain"])} no closer and were left out')
         if 'outputs_error' in record:
             print('  relative error of the model\'s outputs: {before:.4f}, after joint steps {after:.4f}'.format(
                 **record['outputs_error']))
@@ -165,11 +171,12 @@ def compare(
         dense: Dict[str, nn.Module],
         batches: DataLoader,
         device: torch.device,
-) -> Dict[str, Tuple[float, float]]:
+) -> Tuple[Dict[str, Tuple[float, float]], int]:
     """Print how accurate a model is and what conversions make of it.
 
     Returns:
-        Top-1 in per cent and relative change of the logits by method; before them, of the model itself.
+        Top-1 in per cent and relative change of the logits by method, before them of the model itself; and of how many
+        images.
 
     Raises:
         ValueError: No image can be read.
@@ -191,7 +198,22 @@ def compare(
     tokens = [vit.conversion['calibration_tokens'] for vit in dense.values() if 'calibration_tokens' in vit.conversion]
     if tokens:
         print(f'  (calibration: {max(tokens)} tokens a layer from training images)')
-    return scores
+    return scores, len(target)
+
+
+def recommended(scores: Dict[str, Tuple[float, float]], gated: bool) -> str:
+    """The method with the highest top-1; of equal ones that which changes the logits least. Without a router: average.
+
+    Args:
+        scores: Top-1 and relative change of the logits by method.
+        gated: Whether the model has MoE layers with a router.
+    """
+    return max(scores, key=lambda method: (scores[method][0], -scores[method][1])) if gated else 'average'
+
+
+def show_warning(message: Any, *where: Any, **more: Any) -> None:
+    """In the form of the other lines."""
+    print(f'warning: {message}', file=sys.stderr)
 
 
 def print_check(args: argparse.Namespace) -> None:
@@ -229,6 +251,7 @@ def write_page(
         best: str,
         records: List[Dict[str, Any]],
         scores: Dict[str, Tuple[float, float]],
+        images: int,
 ) -> None:
     """The report: what was converted into what, and what it did to the model."""
     vit = dense[best]
@@ -246,6 +269,7 @@ def write_page(
             f'{vit.conversion[key]} {name}' for key, name in (
                 ('calibration_images', 'training images'), ('calibration_tokens', 'tokens a layer'))
             if key in vit.conversion) or None,
+        'accuracy': f'of {images} validation images' if images else None,
         'trained with': ' '.join(f'{k} {v}' for k, v in written_by.items()) if written_by else None,
         'converted with': ' '.join(f'{k} {v}' for k, v in versions().items())}
     layers = dict(moe_layers(model))
@@ -278,11 +302,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         if not layers:
             raise ValueError(f'{args.source} holds a dense model: there is nothing to convert.')
         gated = any(is_gated(layer) for layer in layers.values())
-        check_images_used(args, gated)
+        if args.method is None:
+            args.method = 'refit' if gated and (args.data_dir or args.dataset) else 'average'
         methods = conversions(args, gated)
         data_config = preparation(model, args)
         batches, calibration = open_images(args, model, data_config, known.get('class_names'), gated)
         dense = gather(model, methods, calibration, args.k)
+        check_images_used(args, gated)
         records = ewa.diagnose(model, calibration)
     except (ValueError, OSError) as e:
         parser.error(str(e))
@@ -294,22 +320,23 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     print_fits(dense)
     best = args.method
     try:
-        scores = compare(model, dense, batches, device) if batches is not None else {}
+        scores, count = compare(model, dense, batches, device) if batches is not None else ({}, 0)
     except ValueError as e:
         parser.error(str(e))
     if args.method == 'all':
-        best = max(dense, key=lambda method: scores[method][0])
-        print(f'Recommended: {best}, the highest top-1 right after gathering. It is what is written now; '
-              f'distillation (train.py --teacher) can change the order.')
+        best = recommended({method: scores[method] for method in dense}, gated)
+        why = 'the highest top-1 right after gathering' if gated else 'which is exact'
+        print(f'Recommended: {best}, {why}. It is what is written now'
+              + '; distillation (train.py --teacher) can change the order.' * gated)
     try:
         write(dense[best].cpu(), output, known, data_config, args)
         if args.report:
-            write_page(args, argv, model, known, dense, best, records, scores)
+            write_page(args, argv, model, known, dense, best, records, scores, count)
     except (ValueError, OSError) as e:
         parser.error(str(e))
-    count = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, dense[best])]
+    parameters = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, dense[best])]
     architecture = dense[best].pretrained_cfg['architecture']
-    print(f'{count[0]:.2f} M parameters before, {count[1]:.2f} M after: a plain {architecture}')
+    print(f'{parameters[0]:.2f} M parameters before, {parameters[1]:.2f} M after: a plain {architecture}')
     print(f'{output}: loaded strictly, same outputs'
           + f'; {output / "model.onnx"}: checked with onnxruntime' * args.onnx)
     if args.report:
@@ -321,4 +348,5 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 if __name__ == '__main__':
+    warnings.showwarning = show_warning
     main()

@@ -13,7 +13,17 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from .moe import MeanFormMoE, MoELayer, RandomPartitionMoE, TopKMoE, are_alike, check_plain, moe_layers, pulled
+from .moe import (
+    MeanFormMoE,
+    MoELayer,
+    RandomPartitionMoE,
+    TopKMoE,
+    are_alike,
+    check_plain,
+    is_random,
+    moe_layers,
+    pulled,
+)
 from .pull import local, max_share_rate, pull_
 
 SCHEDULES = ('constant', 'linear', 'cosine')
@@ -22,6 +32,7 @@ RatePolicy = Callable[[MoELayer, int], float]  # (layer, t) -> share rate of tha
 
 _PATIENCE = 100  # backward passes without a step of the optimizer after which it is said
 _LOOK_AGAIN = 10  # the step after which it is looked for what can't be seen when attaching
+_MADE: 'weakref.WeakKeyDictionary' = weakref.WeakKeyDictionary()  # MoE layer -> whether its newest averager is idle
 _ATTACHED: 'weakref.WeakKeyDictionary' = weakref.WeakKeyDictionary()  # MoE layer -> reference to the averager
 
 
@@ -120,6 +131,11 @@ def _only_makes_state(optimizer: Optimizer) -> bool:
     return all(gradient is not None and not bool(local(gradient).any()) for gradient in gradients)
 
 
+def never_used(layer: nn.Module) -> bool:
+    """Whether an averager was made for a MoE layer, and neither attached nor stepped."""
+    return _MADE.get(layer, {}).get('idle', False)
+
+
 class ExpertAverager:
     """Pulls the experts of every MoE layer of a model toward their mean (Experts Weights Averaging).
 
@@ -188,6 +204,9 @@ class ExpertAverager:
         self.pulls = 0
         self._handle: Optional[RemovableHandle] = None
         self._stepping = self._called = False
+        self._use = dict(idle=True)
+        for _, layer in moe_layers(model):
+            _MADE[layer] = self._use
 
     @property
     def share_rate(self) -> float:
@@ -197,6 +216,7 @@ class ExpertAverager:
     @torch.no_grad()
     def step(self) -> None:
         """Count one optimizer step, and pull if it is the turn. For loops in which `attach` is not used."""
+        self._use['idle'] = False
         self.steps += 1
         if self.steps % self.every:
             return
@@ -263,7 +283,7 @@ class ExpertAverager:
         self._handle = _Handle(optimizer.register_step_post_hook(self._after_step), before)
         for _, layer in moe_layers(self.model):
             _ATTACHED[layer] = weakref.ref(self)
-        self._called = False
+        self._called = self._use['idle'] = False
         self._watch(optimizer)
         return self._handle
 
@@ -312,10 +332,15 @@ class ExpertAverager:
                 self._warn_of_copies(optimizer)
 
     def _warn_of_unused(self) -> None:
-        """Say it where the model calls an FFN that it has kept hold of, not the layer that took its place."""
+        """Say it where the model is in eval mode, or calls an FFN that it has kept hold of, not what took its place."""
         for name, layer in moe_layers(self.model):
-            if not layer.training or type(layer) not in (RandomPartitionMoE, MeanFormMoE, TopKMoE):
+            if type(layer) not in (RandomPartitionMoE, MeanFormMoE, TopKMoE):
                 continue
+            if not layer.training and is_random(layer):
+                warnings.warn(
+                    f'{name} is in eval mode, where it computes with the mean of its experts: they all learn the same. '
+                    f'Call model.train() before training.', stacklevel=2)
+                return
             # all parts of these layers have gradients, whatever the partition, or none
             parts = [layer.mean if isinstance(layer, MeanFormMoE) else pulled(layer)[0], pulled(layer)[-1]]
             first, last = ({p.grad is not None for p in part.parameters() if p.requires_grad} for part in parts)
@@ -347,3 +372,4 @@ class ExpertAverager:
 
     def load_state_dict(self, state_dict: Dict[str, int]) -> None:
         self.steps, self.pulls = state_dict['steps'], state_dict['pulls']
+        self._use['idle'] = not self.steps

@@ -17,6 +17,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from . import gathering, refit
+from .averaging import never_used
 from .calibration import call_order, hold_out, layer_tokens, measure_statistics, sensitivities
 from .ffn import build_ffn, hidden_activations, is_ffn, read_ffn
 from .foreign import foreign
@@ -113,6 +114,9 @@ def to_dense(
         for layer in gated.values())
     if needs_data and batches is None:
         raise ValueError(f'{method} needs calibration images for this model: give batches (convert.py: --data-dir).')
+    if isinstance(batches, Tensor):
+        raise ValueError(
+            f'batches must be a list of batches, got one tensor of shape {tuple(batches.shape)}: give [it].')
     ffns: Dict[str, nn.Module] = {}
     statistics: Dict[str, ExpertStatistics] = {}
     fitted: Dict[str, Any] = {}
@@ -126,6 +130,13 @@ def to_dense(
                 ffns[name] = gather_layer(layer, how, statistics.get(name), k, options)
             except ValueError as e:
                 raise ValueError(f'{name}: {e}') from e
+    idle = [name for name, layer in layers.items() if is_random(layer) and never_used(layer) and not all(
+        torch.equal(a, b) for a, b in zip(*(expert.parameters() for expert in pulled(layer)[:2])))]
+    if idle:
+        warnings.warn(
+            f'An ExpertAverager was made for {idle[0]} and pulled nothing: experts that drift apart may have a mean '
+            f'much worse than they are. Call its attach(optimizer) before training, or step() after each step.',
+            stacklevel=2)
     for name, layer in layers.items():
         inherit_requires_grad(ffns[name], layer.experts)
     # with the FFNs in the memo, deepcopy takes them where it would copy a layer
@@ -242,8 +253,9 @@ def refit_layers(
     Returns:
         FFN of each layer; and what is to be told: `calibration_images`, `calibration_tokens` (of a layer, fitted to),
         `error` (layer to `fitted` and `held_out`: `sqrt(E w|y' - y|^2 / E w|y|^2)` for its output `y`, the FFN's `y'`
-        before joint steps and the weight `w` of the token; no `held_out` of a single image), `outputs_error` (of the
-        model, `before` and `after` joint steps), `seconds`.
+        before joint steps and the weight `w` of the token; no `held_out` of a single image), `steps_in_vain` (layers
+        that are without steps, since these brought them no closer), `outputs_error` (of the model, `before` and
+        `after` joint steps), `seconds`.
 
     Raises:
         ValueError: See `to_dense`; the message names the layer.
@@ -255,6 +267,7 @@ def refit_layers(
     fitted, held = hold_out(batches)
     ffns: Dict[str, nn.Module] = {}
     errors: Dict[str, Dict[str, float]] = {}
+    vain: List[str] = []
     tokens = 0
     with evaluating(model):
         order = call_order(model, fitted[0][:1])
@@ -282,6 +295,8 @@ def refit_layers(
                 after = refit.relative_error(on_tokens(trained)(inputs), targets, weights)
                 if after < error:  # a few steps may be worse than none
                     ffn, error = trained, after
+                else:
+                    vain.append(name)
             errors[name] = dict(fitted=error)
             tokens = max(tokens, len(inputs))
             for index, weights in others:
@@ -293,7 +308,7 @@ def refit_layers(
     for name, ffn in ffns.items():
         ffn.train(layers[name].experts[0].training)
     record = dict(
-        **dict(outputs_error=outputs) if joint_steps else {},
+        **dict(outputs_error=outputs) if joint_steps else {}, **dict(steps_in_vain=vain) if vain else {},
         calibration_images=sum(map(len, fitted)) + sum(map(len, held)), calibration_tokens=tokens, error=errors,
         seconds=round(time.perf_counter() - started, 1))
     return ffns, record

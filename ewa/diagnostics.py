@@ -190,7 +190,7 @@ def similarity_figure(records: Sequence[Mapping[str, Any]], width: float = 3.4):
         if side / len(values) > 0.07 * (digits + 1):
             _write_cells(axis, image, values, digits, fontsize=7)
     scale = figure.colorbar(image, ax=axes, label='cosine')
-    scale.formatter.set_useOffset(False)  # 0.9999, not -0.0001 under a +1
+    scale.formatter.set_useOffset(False)  # type: ignore[attr-defined]  # 0.9999, not -0.0001 under a +1
     scale.ax.tick_params(labelsize=8)
     return figure
 

@@ -60,7 +60,7 @@ class Number:
             self.high is None or value < self.high or (value == self.high and not self.below))
         if not fits:
             what = 'whole number' if self.kind is int else 'number'
-            raise argparse.ArgumentTypeError(f'{text} is not a {what}' + (f' ({self})' if str(self) else ''))
+            raise argparse.ArgumentTypeError(f'must be a {what}' + f', {self}' * bool(str(self)) + f'; got {text}')
         return value
 
 
@@ -136,9 +136,13 @@ ABSENT = dict.fromkeys((
     'aug-repeats aug-splits jsd-loss bce-pos-weight resplit drop-connect drop-block bn-momentum bn-eps sync-bn '
     'dist-bn split-bn model-ema-force-cpu save-images no-prefetcher tta use-multi-epochs-loader wandb-project '
     'wandb-tags wandb-resume-id naflex-loader naflex-train-seq-lens naflex-max-seq-len naflex-patch-sizes '
-    'naflex-patch-size-probs naflex-loss-scale kd-model-kwargs kd-distill-type kd-loss-type').split(), '')
+    'naflex-patch-size-probs naflex-loss-scale naflex-patchify-channels-first kd-model-kwargs kd-distill-type '
+    'kd-loss-type kd-token-distill-type kd-student-feature-dim kd-teacher-feature-dim train-batch-sizes '
+    'train-batches-per-epoch train-img-sizes train-size-probs train-size-random-mix train-size-schedule '
+    'train-size-schedule-spread train-steps-per-epoch variable-batch-loss-scale').split(), '')
 ABSENT.update({
     'log-wandb': 'give --log-with wandb', 'kd-model-name': 'give --teacher', 'local-rank': 'start it with torchrun',
+    'dr': 'give --decay-rate',
     'worker-seeding': 'augmentation is drawn from --seed, epoch and image, whichever worker loads it'})
 
 
@@ -505,8 +509,9 @@ def convert_parser() -> Parser:
     parser.add_argument('--output', required=True, metavar='DIR', help='folder to make')
     parser.add_argument('--overwrite', action='store_true',
                         help='replace the model in DIR if there is one; other files there stay')
-    parser.add_argument('--method', default='average', choices=(*METHODS, 'all'),
-                        help='how experts become one FFN; all compares and writes the best')
+    parser.add_argument('--method', choices=(*METHODS, 'all'),
+                        help='how experts become one FFN; all compares and writes the best; default: refit for a gated '
+                        'model with images, else average')
     parser.add_argument('--calibration-images', type=COUNT, default=1024, metavar='N',
                         help='training images for methods and reports that need data')
     parser.add_argument('--report', metavar='DIR', help='also write report.html: what was converted, what it changed')

@@ -116,10 +116,13 @@ def to_moe(
         The same model.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: Any argument out of its range, a model without FFNs or with MoE layers, an FFN whose copies
             would be no experts (it stands in several places, has hooks or computed weights, was compiled by itself).
             The model is untouched.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model must be a torch module, e.g. of timm.create_model, got {model!r}.')
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 2:
         raise ValueError(f'num_experts must be a whole number of at least 2, got {num_experts!r}.')
     if not callable(router) and (not isinstance(router, str) or router not in ROUTERS):

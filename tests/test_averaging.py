@@ -493,6 +493,38 @@ class TestAttach:
         assert len(caught) == kept
         assert all('vit.blocks.1.mlp was not called, only an FFN in it' in str(w.message) for w in caught)
 
+    @pytest.mark.parametrize('form', [moe_layer, mean_layer])
+    @pytest.mark.parametrize('mode', ['train', 'eval'])
+    def test_training_in_eval_mode_is_named(self, form, mode):
+        layer = getattr(form(), mode)()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=.1)
+        ewa.ExpertAverager(layer, .1).attach(optimizer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            for _ in range(2):
+                layer(torch.randn(8, 8)).square().mean().backward()
+                optimizer.step()
+        assert len(caught) == (mode == 'eval')
+        assert all('is in eval mode' in str(w.message) and 'model.train()' in str(w.message) for w in caught)
+
+    @pytest.mark.parametrize('use', ['none', 'attach', 'step', 'resume', 'no averager', 'equal experts'])
+    def test_an_averager_that_was_never_used_is_named_when_experts_become_one(self, tiny, use):
+        model = ewa.to_moe(tiny(), init='copy' if use == 'equal experts' else 'independent')
+        if use != 'no averager':
+            averager = ewa.ExpertAverager(model, .1)
+        if use == 'attach':
+            averager.attach(torch.optim.SGD(model.parameters(), lr=.1))
+        elif use == 'step':
+            averager.step()
+        elif use == 'resume':
+            averager.load_state_dict(dict(steps=3, pulls=3))
+        averager = None  # what is warned of does not depend on whether it is kept
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            ewa.to_dense(model)
+        assert [str(w.message).split(':')[0] for w in caught] == [
+            'An ExpertAverager was made for blocks.1.mlp and pulled nothing'] * (use == 'none')
+
     def test_parameters_may_be_replaced_or_moved_afterwards(self):
         layer = moe_layer()
         optimizer = torch.optim.SGD(layer.parameters(), lr=0)

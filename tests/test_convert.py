@@ -331,6 +331,21 @@ def test_refit_says_what_it_saw_and_what_is_left(folder, out, tmp_path, capsys):
         assert code == 2 and words in lines[-1]
 
 
+def test_what_is_recommended():
+    scores = {'average': (17.5, 0.), 'top_kg': (22.5, .7), 'aligned': (22.5, .4)}
+    assert convert.recommended(scores, gated=True) == 'aligned'
+    assert convert.recommended(scores, gated=False) == 'average'  # exact; the others' lead is noise
+
+
+@pytest.mark.filterwarnings('ignore:.*calibration tokens for')
+@pytest.mark.parametrize('router, images, method', [
+    ('topk', True, 'refit'), ('topk', False, 'average'), ('random', True, 'average')])
+def test_the_method_that_people_get_first(folder, out, tmp_path, router, images, method):
+    write_folder(scatter(timm.create_model('vit_ewa', router=router, **TINY)), tmp_path / 'moe')
+    run_convert(tmp_path / 'moe', '--output', out, *(['--data-dir', folder, '--workers', 0] * images))
+    assert config_of(out)['ewa']['method'] == method
+
+
 def test_all_methods_have_refit_without_and_with_steps():
     def titles(*flags, gated=True):
         args = convert.convert_parser().parse_args(['moe', '--output', 'vit', *flags])

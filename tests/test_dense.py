@@ -582,6 +582,21 @@ def test_refit_sees_the_errors_of_the_layers_before(tiny):
 
 
 @pytest.mark.filterwarnings('ignore:.*calibration tokens for')
+def test_steps_that_bring_nothing_are_named(tiny, monkeypatch):
+    model = gated(tiny())
+    monkeypatch.setattr('ewa.refit.fit', lambda *args: None)
+    plain, same = (ewa.to_dense(model, 'refit', many_images(), steps=steps) for steps in (0, 1))
+    assert same.conversion['steps_in_vain'] == same.conversion['layers'] and 'steps_in_vain' not in plain.conversion
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), same.parameters()))
+
+
+def test_calibration_images_that_are_one_tensor_are_refused(tiny, images):
+    for method in ('refit', 'usage'):
+        with pytest.raises(ValueError, match=r'list of batches, got one tensor of shape .*: give \[it\]'):
+            ewa.to_dense(gated(tiny()), method, images)
+
+
+@pytest.mark.filterwarnings('ignore:.*calibration tokens for')
 def test_steps_bring_refit_closer(tiny):
     model = gated(tiny())
     plain, trained = [
@@ -640,6 +655,10 @@ def test_refit_is_on_record(tiny):
     vit = ewa.to_dense(gated(tiny()), 'refit', many_images(), steps=2)
     record = dict(vit.conversion)
     assert record.pop('seconds') > 0
+    plain = ewa.to_dense(gated(tiny()), 'refit', many_images()).conversion['error']
+    vain = record.pop('steps_in_vain', [])
+    assert all((record['error'][name]['fitted'] == plain[name]['fitted']) == (name in vain) for name in plain
+               if name == 'blocks.1.mlp')  # the layer after it is fed by it
     assert set(record.pop('error')) == {'blocks.1.mlp', 'blocks.3.mlp'}
     assert record == dict(
         method='refit', steps=2, num_experts=4, layers=['blocks.1.mlp', 'blocks.3.mlp'], router='topk',

@@ -295,7 +295,7 @@ MISTAKES = {
     'negative share rate': ('--share-rate -0.1', '-0.1'),
     'share rate of a dense model': (
         '--model vit_tiny_patch16_224 --model-kwargs patch_size=7 --share-rate 0.1', 'no experts', '--num-experts'),
-    'one expert': ('--num-experts 1', 'is not a whole number (2 to 1024)'),
+    'one expert': ('--num-experts 1', 'must be a whole number, 2 to 1024'),
     'no such block': ('--moe-layers 7', '7 is not a block index'),
     'too many batches': ('--batch-size 100', '80 training images', '--batch-size 100'),
     'odd mixup': ('--batch-size 15 --mixup 1', 'even'),
@@ -317,7 +317,7 @@ MISTAKES = {
     'output is a file': ('--output {}/file', 'file', 'Not a directory'),
     'output exists': ('--output {} --experiment full', 'full exists', '--resume'),
     'resume what': ('--resume', '--experiment'),
-    'cold distillation': ('--teacher nope --kd-temperature 0', '--kd-temperature: 0 is not a number (above 0)'),
+    'cold distillation': ('--teacher nope --kd-temperature 0', '--kd-temperature: must be a number, above 0'),
     'heavy label loss': ('--teacher nope --task-loss-weight 1.5', '--task-loss-weight 1.5', 'at most 1'),
     'teacher of larger images': ('--teacher local-dir:{}/large', 'large', "can't take the images of the student"),
     'no checkpoint': ('--initial-checkpoint {}/nope.pth', 'nope.pth does not exist'),
