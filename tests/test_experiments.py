@@ -266,7 +266,7 @@ def test_every_run_of_a_study_is_a_command_line_of_the_scripts(study, name, gpu,
     data.mkdir()
     for split in ('train', 'val', 'test'):
         subset(MINI / 'val.tar', None, data / f'{split}.tar')
-    monkeypatch.setattr(studies.pretrained, 'best_rate', lambda *_: 0.1)
+    monkeypatch.setattr(studies.pretrained, 'best', lambda s, variants, images: (variants[0], 0.1))
     for module in (studies.tune, studies.main, studies.mean):
         monkeypatch.setattr(module, 'chosen', lambda *_: {'lr': 0.1, 'weight-decay': 0.2, 'drop-path': 0.3})
     for module in (studies.gathering, studies.whole):

@@ -1,9 +1,12 @@
 """EWA in mean coordinates (`form='mean'`) against a dense model with the same flags, and what it is that acts."""
-from typing import Dict, Iterator, List, Sequence
+import statistics
+from typing import Any, Dict, Iterator, List, Sequence
+
+import numpy as np
 
 from ..runner import Run
 from ..setting import EWA, Flags, Notes, Setting, Study
-from ..tables import Lines, compared, provenance, select, table, unique
+from ..tables import Lines, compared, provenance, select, table, unique, wrap
 from .tune import chosen
 
 SEARCH = tuple((rate, spread) for spread in (0.3, 1.) for rate in (0.1, 0.01, 0.3))
@@ -13,6 +16,11 @@ CONTROLS = ('random signs', 'one expert a batch')
 SHAPES: Dict[str, Flags] = {
     'mean form, 2 experts': {'num-experts': 2}, 'mean form, 8 experts': {'num-experts': 8},
     'mean form, every second': {'moe-layers': 'every:2'}}
+WIDE: Dict[str, Sequence[Any]] = {  # of Fashion's dense model; its search had 0.0005 to 0.002 and 0.05, 0.2
+    'lr': (0.00025, 0.004, 0.008), 'weight-decay': (0.4, 0.8), 'opt-betas': ((0.9, 0.95), (0.9, 0.99))}
+OPTIMIZERS: Dict[str, Flags] = {
+    'dense, Nesterov': {'opt': 'nadamw', 'opt-kwargs': {}},
+    'dense, look-ahead': {'opt': 'lookahead_adamw'}}
 
 
 def mean_form(rate: float, spread: float) -> Flags:
@@ -28,8 +36,9 @@ def runs(s: Setting) -> Iterator[List[Run]]:
         result = []
         for seed in range(5, 5 + (s.seeds or 5)):
             for variant in variants:
-                form: Flags = {} if variant == 'dense' else mean_form(WEAK if variant == weak else RATE, SPREAD)
-                form.update(SHAPES.get(variant, {}))
+                form: Flags = OPTIMIZERS.get(variant, {})
+                if not variant.startswith('dense'):
+                    form = dict(mean_form(WEAK if variant == weak else RATE, SPREAD), **SHAPES.get(variant, {}))
                 control = f'{variant} {form.pop("spread"):g}' if variant in CONTROLS else ''
                 if control:
                     form.pop('expert-form')
@@ -47,6 +56,11 @@ def runs(s: Setting) -> Iterator[List[Run]]:
     yield of_seeds(s.size, long, flags, CONTROLS)
     yield of_seeds(s.size, short, chosen(s, 'dense', short, 2), pair)
     yield of_seeds(s.size, long, flags, tuple(SHAPES))
+    if s.name == 'fashion':  # a wider search of the dense model, and optimizers that average by themselves
+        yield [s.train(f'wide-{key}-{value}'.replace(' ', ''), {'variant': 'wide', 'seed': 100, key: value}, s.size,
+                       long, **dict(flags, **{key: value}))
+               for key, values in WIDE.items() for value in values]
+        yield of_seeds(s.size, long, flags, tuple(OPTIMIZERS))
     yield of_seeds(s.size, long, flags, (weak,))
     yield of_seeds(s.size, short, chosen(s, 'dense', short, 2), (weak,))
     yield of_seeds(s.size * 4, long // 2, flags, (weak,))
@@ -65,10 +79,16 @@ def tables(lines: Lines, name: str) -> str:
         rows.append(row)
     parts = ['Validation top-1 / NLL over share rate and spread, one seed:', '',
              table(('share rate', *(f'spread {spread:g}' for spread in spreads)), rows)]
-    others = [line for line in lines if line['labels']['variant'] != 'search']
+    wide = select(lines, variant='wide')
+    if wide:
+        found = ', '.join(
+            f'{key} {line["labels"][key]}: {line["last"]["eval_top1"]:.2f} / {line["last"]["eval_loss"]:.3f}'
+            for key in WIDE for line in wide if key in line['labels'])
+        parts += ['', wrap(f'Dense model, one flag changed, validation top-1 / NLL: {found}.')]
+    others = [line for line in lines if line['labels']['variant'] not in ('search', 'wide')]
     if others:
         parts += ['', f'Share rate {RATE}, spread {SPREAD}; 95 % intervals (Student, over seeds):', '',
-                  against_dense(others)]
+                  against_dense(others), '', time_to_accuracy(others)]
     return '\n'.join([*parts, '', provenance(lines)])
 
 
@@ -77,13 +97,30 @@ def against_dense(lines: Lines) -> str:
     rows = []
     for images, epochs in dict.fromkeys((line['labels']['images'], line['labels']['epochs']) for line in lines):
         cell = select(lines, images=images, epochs=epochs)
-        dense = select(cell, variant='dense')
+        dense = select(cell, variant='dense') or select(cell, variant='dense, drop-path')
         for variant in unique(lines, 'variant'):
             group = select(cell, variant=variant)
             if not group:
                 continue
             rows.append([f'{images:,} x {epochs}', variant, str(len(group)), *compared(group, dense)])
     return table(('cell', 'variant', 'seeds', 'top-1', 'to dense', 'NLL', 'to dense'), rows)
+
+
+def time_to_accuracy(lines: Lines) -> str:
+    """Validation top-1 of dense and mean form when the dense model is done, by the fastest run of each."""
+    rows = []
+    for images, epochs in dict.fromkeys((line['labels']['images'], line['labels']['epochs']) for line in lines):
+        cell = select(lines, images=images, epochs=epochs)
+        groups = [select(cell, variant=variant) for variant in ('dense', 'mean form')]
+        dense, ours = (min(line['last']['train_seconds'] for line in group) for group in groups)
+        top1 = [[statistics.mean(point[1] for point in points) for points in zip(*(line['curve'] for line in group))]
+                for group in groups]
+        known = [point[0] for point in groups[1][0]['curve']]
+        rows.append([f'{images:,} x {epochs}', f'{ours / dense:.2f}', f'{top1[0][-1]:.1f}',
+                     f'{np.interp(epochs * dense / ours, known, top1[1]):.1f}', f'{top1[1][-1]:.1f}'])
+    return 'Time to accuracy, validation top-1, means over seeds:\n\n' + table(
+        ('cell', 'seconds of mean form / dense, fastest runs', 'dense at its end', 'mean form, as many seconds',
+         'mean form at its end'), rows)
 
 
 STUDY = Study(
@@ -109,6 +146,8 @@ expert a batch": all tokens of a batch go through one random expert of each laye
   0.58), as far as the mean form itself; one expert a batch, without partition, 0.40.
 - A weaker pull, whose validation loss was lower on the one seed of the search, is level too, over four seeds.
 - So are two and eight experts, and every second block: -0.48 to -0.05, each interval with 0 in it.
+- Time to accuracy: nothing is gained there either. Other work ran beside these runs; alone a step of the mean form
+  takes 1.08 of a dense one on this model ([benchmarks](../../benchmarks/README.md)).
 """),
         glyphs=Notes(title='glyphs', setup="""
 Two of its cells, and the share rates and spreads. The model and its flags are those of [main](main-glyphs.md).
@@ -120,6 +159,7 @@ Two of its cells, and the share rates and spreads. The model and its flags are t
   0.1 to 1.3 below the dense model, one is 2.2 above it.
 - The gains of 0 to 20 points that a prototype had seen on seeds 0 to 3 do not come again. Which deviations do it, and
   the controls, are a moot question until there is a setting that gains.
+- Time to accuracy: behind at equal seconds, by what the runs took here; other work ran beside them.
 - Over share rates and spreads one seed says little: three of six are within 0.4 points of each other, the others 12 to
   17 below.
 """),

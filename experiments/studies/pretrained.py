@@ -1,5 +1,5 @@
 """A real pretrained ViT fine-tuned on few images: dense, published form and mean form."""
-from typing import Dict, Iterator, List
+from typing import Dict, Iterator, List, Sequence, Tuple
 
 from ..data import subset
 from ..pretrained import ARCHITECTURE
@@ -10,7 +10,11 @@ from .mean import against_dense, mean_form
 
 RATES = (1e-4, 3e-4, 1e-3)
 EPOCHS = 12
+MORE_IMAGES, MORE_EPOCHS, MORE_BATCH = 50, 6, 50  # of each class of Fashion, the second cell
+RATES_OF_DENSE = (3e-4, 2e-4)  # beside the one that validation chose
+FAMILIES = ('dense', 'EWA 0.01', 'mean form 0.01, spread 1')
 DROP: Flags = {'drop-path': 0.2}
+DROPPED = ', drop-path'
 VARIANTS: Dict[str, Flags] = {
     'dense': {},
     'EWA 0.01': dict(EWA, **{'share-rate': 0.01}),
@@ -24,12 +28,14 @@ IMAGES_PER_CLASS = {'glyphs': 5}
 CLASSES = {'glyphs': 271}
 
 
-def best_rate(s: Setting, variant: str) -> float:
-    """The learning rate of a variant with the best validation top-1; equal ones are told apart by the loss."""
-    lines = select(read_results(s.study('pretrained')), variant=variant, stage='search')
+def best(s: Setting, variants: Sequence[str], images: int) -> Tuple[str, float]:
+    """The variant and learning rate with the best validation top-1; equal ones are told apart by the loss."""
+    lines = [line for line in select(read_results(s.study('pretrained')), stage='search', images=images)
+             if line['labels']['variant'] in variants]
     if not lines:
-        raise ValueError(f'no search of {variant} in results/{s.study("pretrained")}.jsonl: the first stage makes it')
-    return max(lines, key=lambda line: (line['last']['eval_top1'], -line['last']['eval_loss']))['labels']['lr']
+        raise ValueError(f'no search of {variants} in results/{s.study("pretrained")}.jsonl: an earlier stage makes it')
+    labels = max(lines, key=lambda line: (line['last']['eval_top1'], -line['last']['eval_loss']))['labels']
+    return labels['variant'], labels['lr']
 
 
 def runs(s: Setting) -> Iterator[List[Run]]:
@@ -45,36 +51,63 @@ def runs(s: Setting) -> Iterator[List[Run]]:
         'data-dir': str(data), 'model': ARCHITECTURE, 'pretrained-path': str(start), 'img-size': 56, 'epochs': EPOCHS,
         'warmup-epochs': 1, 'batch-size': 20, 'layer-decay': 0.75, 'val-interval': EPOCHS})
 
-    def run(variant: str, lr: float, seed: int, **labels) -> Run:
+    def run(variant: str, lr: float, seed: int, stage: str, more: int = 0) -> Run:
         name = f'{variant}-{lr:g}-{seed}'.replace(', ', '-').replace(' ', '-')
-        return Run(name, dict(common, lr=lr, seed=seed, **VARIANTS[variant]),
-                   dict(variant=variant, images=images, epochs=EPOCHS, lr=lr, seed=seed, **labels))
+        flags = dict(common, lr=lr, seed=seed, **VARIANTS[variant])
+        if more:
+            name = f'{more}-{name}'
+            flags.update({'train-split': str(subset(s.data / 'train.tar', more, s.work / f'{s.name}-{more}.tar')),
+                          'epochs': MORE_EPOCHS, 'batch-size': MORE_BATCH, 'val-interval': MORE_EPOCHS})
+        return Run(name, flags, dict(
+            variant=variant, images=more or images, epochs=flags['epochs'], lr=lr, seed=seed, stage=stage))
 
-    yield [run(variant, lr, 100, stage='search') for variant in VARIANTS for lr in RATES]
-    yield [run(variant, best_rate(s, variant), seed, stage='compared')
-           for seed in range(s.seeds or 5) for variant in VARIANTS]
+    seeds = range(s.seeds or 5)
+    yield [run(variant, lr, 100, 'search') for variant in VARIANTS for lr in RATES]
+    if s.name == 'fashion':
+        more = MORE_IMAGES * 10
+        pairs = [(family, f'{family}, drop-path') for family in FAMILIES]
+        yield [run(variant, lr, 100, 'search', more) for pair in pairs for variant in pair for lr in RATES[:2]]
+        chosen = [best(s, pair, more) for pair in pairs]
+        yield [run(variant, lr, seed, 'compared', more) for seed in seeds for variant, lr in chosen]
+        yield [run('dense', lr, seed, 'rates', more) for lr in RATES_OF_DENSE for seed in seeds]
+    yield [run(variant, best(s, (variant,), images)[1], seed, 'compared') for seed in seeds for variant in VARIANTS]
 
 
 def tables(lines: Lines, name: str) -> str:
     """Learning rates by validation, then paired differences to dense."""
     search = select(lines, stage='search')
-    rows = [
-        (variant, *(next((f'{line["last"]["eval_top1"]:.1f} / {line["last"]["eval_loss"]:.3f}'
-                          for line in select(search, variant=variant, lr=lr)), '') for lr in RATES))
-        for variant in unique(search, 'variant')]
-    parts = ['Validation top-1 / NLL over learning rates, one seed:', '',
-             table(('variant', *(f'{lr:g}' for lr in RATES)), rows)]
+    parts = []
+    for images in unique(search, 'images'):
+        of = select(search, images=images)
+        rates = unique(of, 'lr')
+        rows = [
+            (variant, *(next((f'{line["last"]["eval_top1"]:.1f} / {line["last"]["eval_loss"]:.3f}'
+                              for line in select(of, variant=variant, lr=lr)), '') for lr in rates))
+            for variant in unique(of, 'variant')]
+        parts += [f'Validation top-1 / NLL over learning rates, {images} images, one seed:', '',
+                  table(('variant', *(f'{lr:g}' for lr in rates)), rows), '']
     compared = select(lines, stage='compared')
     if compared:
-        parts += [
-            '', 'At the best learning rate; 95 % intervals (Student, over seeds):', '', against_dense(compared), '']
-        reference = select(compared, variant='dense, drop-path')
-        rows = [[variant, *(with_interval(paired(*(by_seed(group, scored(key)) for group in (
-            select(compared, variant=variant), reference))), digits) for key, digits in (('top1', 2), ('nll', 3)))]
-            for variant in unique(compared, 'variant') if variant.endswith(', drop-path')
-            and variant != 'dense, drop-path']
-        parts.append(table(('against dense, drop-path', 'top-1', 'NLL'), rows))
+        parts += ['At the best learning rate; 95 % intervals (Student, over seeds):', '', against_dense(compared)]
+        parts += ['', 'Against other dense models:', '', against_others(lines)]
     return '\n'.join([*parts, '', provenance(lines)])
+
+
+def against_others(lines: Lines) -> str:
+    """Paired differences of what was compared to dense models that validation did not choose."""
+    rows = []
+    compared = select(lines, stage='compared')
+    others = select(compared, variant='dense' + DROPPED) + select(lines, stage='rates')
+    for images, reference, lr in dict.fromkeys(tuple(line['labels'][key] for key in ('images', 'variant', 'lr'))
+                                               for line in others):
+        group = select(others, images=images, lr=lr)
+        for variant in unique(select(compared, images=images), 'variant'):
+            if not variant.startswith('dense') and variant.endswith(DROPPED) == reference.endswith(DROPPED):
+                ours = select(compared, images=images, variant=variant)
+                rows.append([f'{images}', variant, f'{reference}, {lr:g}', *(
+                    with_interval(paired(by_seed(ours, scored(key)), by_seed(group, scored(key))), digits)
+                    for key, digits in (('top1', 2), ('nll', 3)))])
+    return table(('images', 'variant', 'against', 'top-1', 'NLL'), rows)
 
 
 STUDY = Study(
