@@ -63,6 +63,7 @@ def test_intervals_in_the_prose_of_results_are_those_of_the_tables():
         assert any(all(abs(float(a) - b) <= c for a, b, c in zip(texts, entry, near)) for entry in known), texts
 
 
+@pytest.mark.filterwarnings('ignore:An ExpertAverager was made for')
 def test_a_layer_of_ones_own_is_built_as_the_page_on_ewa_says():
     torch.manual_seed(0)
     code, = re.findall(r'(?ms)^```python\n(.*?)^```$', (ROOT / 'docs/ewa.md').read_text(encoding='utf-8'))
