@@ -464,7 +464,7 @@ def check_effect(args: argparse.Namespace, pulls: bool, gated: bool, mean: bool)
         (not gated, 'without a router', '--router topk', ('top_k', 'balance_loss_weight', 'z_loss_weight')),
         (not mean, 'without experts in mean form', '--expert-form mean', ('spread',)),
         (not args.teacher, 'without a teacher', '--teacher NAME', (
-            'kd_temperature', 'distill_loss_weight', 'task_loss_weight', 'teacher_top1')),
+            'kd_temperature', 'distill_loss_weight', 'task_loss_weight', 'teacher_top1', 'dense_top1')),
         (not args.torchcompile, 'alone', '--torchcompile', ('torchcompile_mode',)),
     )
     _refuse_idle(args, train_parser(), in_vain)

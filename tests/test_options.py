@@ -271,6 +271,7 @@ def test_flags_that_contradict_each_other(line, words):
     (['--z-loss-weight', '0.1'], '--z-loss-weight 0.1 does nothing without a router'),
     (['--spread', '1'], '--spread 1.0 does nothing without experts in mean form: leave it out, or give --expert-form'),
     (['--share-every', '2'], '--share-every 2 does nothing where no experts are pulled: leave it out, or give'),
+    (['--dense-top1', '70'], '--dense-top1 70.0 does nothing without a teacher'),
     (['--kd-temperature', '2'], '--kd-temperature 2.0 does nothing without a teacher'),
     (['--torchcompile-mode', 'default'], '--torchcompile-mode default does nothing alone')])
 def test_flags_in_vain_are_refused(flags, words):
