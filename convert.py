@@ -303,7 +303,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             raise ValueError(f'{args.source} holds a dense model: there is nothing to convert.')
         gated = any(is_gated(layer) for layer in layers.values())
         if args.method is None:
-            args.method = 'refit' if gated and (args.data_dir or args.dataset) else 'average'
+            all_gated = all(map(is_gated, layers.values()))
+            args.method = 'refit' if all_gated and (args.data_dir or args.dataset) else 'average'
         methods = conversions(args, gated)
         data_config = preparation(model, args)
         batches, calibration = open_images(args, model, data_config, known.get('class_names'), gated)

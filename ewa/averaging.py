@@ -32,7 +32,7 @@ RatePolicy = Callable[[MoELayer, int], float]  # (layer, t) -> share rate of tha
 
 _PATIENCE = 100  # backward passes without a step of the optimizer after which it is said
 _LOOK_AGAIN = 10  # the step after which it is looked for what can't be seen when attaching
-_MADE: 'weakref.WeakKeyDictionary' = weakref.WeakKeyDictionary()  # MoE layer -> whether its newest averager is idle
+_USED: 'weakref.WeakKeyDictionary' = weakref.WeakKeyDictionary()  # MoE layer -> whether an averager of it was used
 _ATTACHED: 'weakref.WeakKeyDictionary' = weakref.WeakKeyDictionary()  # MoE layer -> reference to the averager
 
 
@@ -132,8 +132,8 @@ def _only_makes_state(optimizer: Optimizer) -> bool:
 
 
 def never_used(layer: nn.Module) -> bool:
-    """Whether an averager was made for a MoE layer, and neither attached nor stepped."""
-    return _MADE.get(layer, {}).get('idle', False)
+    """Whether averagers were made for a MoE layer, and none of them attached or stepped."""
+    return _USED.get(layer) is False
 
 
 class ExpertAverager:
@@ -204,9 +204,8 @@ class ExpertAverager:
         self.pulls = 0
         self._handle: Optional[RemovableHandle] = None
         self._stepping = self._called = False
-        self._use = dict(idle=True)
         for _, layer in moe_layers(model):
-            _MADE[layer] = self._use
+            _USED.setdefault(layer, False)
 
     @property
     def share_rate(self) -> float:
@@ -216,8 +215,9 @@ class ExpertAverager:
     @torch.no_grad()
     def step(self) -> None:
         """Count one optimizer step, and pull if it is the turn. For loops in which `attach` is not used."""
-        self._use['idle'] = False
         self.steps += 1
+        if self.steps == 1:
+            self._is_used()
         if self.steps % self.every:
             return
         self.pulls += 1
@@ -283,9 +283,14 @@ class ExpertAverager:
         self._handle = _Handle(optimizer.register_step_post_hook(self._after_step), before)
         for _, layer in moe_layers(self.model):
             _ATTACHED[layer] = weakref.ref(self)
-        self._called = self._use['idle'] = False
+        self._called = False
+        self._is_used()
         self._watch(optimizer)
         return self._handle
+
+    def _is_used(self) -> None:
+        for _, layer in moe_layers(self.model):
+            _USED[layer] = True
 
     def is_attached(self) -> bool:
         """Whether it pulls after the steps of an optimizer."""
@@ -372,4 +377,5 @@ class ExpertAverager:
 
     def load_state_dict(self, state_dict: Dict[str, int]) -> None:
         self.steps, self.pulls = state_dict['steps'], state_dict['pulls']
-        self._use['idle'] = not self.steps
+        if self.steps:
+            self._is_used()

@@ -98,7 +98,7 @@ def describe_width(dense: nn.Module, layers: Dict[str, MoELayer]) -> None:
         args = dict(getattr(dense, '_model_args', {}), mlp_ratio=factor * ratio)
         try:
             with torch.device('meta'):
-                vanilla = create_model(name_of_timm, **{'num_classes': dense.num_classes, **args})
+                vanilla = create_model(name_of_timm, **{**args, 'num_classes': dense.num_classes})
         except (TypeError, ValueError, AssertionError):
             continue
         if {key: value.shape for key, value in vanilla.state_dict().items()} == shapes:

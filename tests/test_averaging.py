@@ -507,17 +507,20 @@ class TestAttach:
         assert len(caught) == (mode == 'eval')
         assert all('is in eval mode' in str(w.message) and 'model.train()' in str(w.message) for w in caught)
 
-    @pytest.mark.parametrize('use', ['none', 'attach', 'step', 'resume', 'no averager', 'equal experts'])
+    @pytest.mark.parametrize('use', [
+        'none', 'attach', 'step', 'resume', 'no averager', 'equal experts', 'two, one attached'])
     def test_an_averager_that_was_never_used_is_named_when_experts_become_one(self, tiny, use):
         model = ewa.to_moe(tiny(), init='copy' if use == 'equal experts' else 'independent')
         if use != 'no averager':
             averager = ewa.ExpertAverager(model, .1)
-        if use == 'attach':
+        if 'attach' in use:
             averager.attach(torch.optim.SGD(model.parameters(), lr=.1))
         elif use == 'step':
             averager.step()
         elif use == 'resume':
             averager.load_state_dict(dict(steps=3, pulls=3))
+        if use.startswith('two'):
+            averager = ewa.ExpertAverager(model, .2)
         averager = None  # what is warned of does not depend on whether it is kept
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')

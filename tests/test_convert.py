@@ -346,6 +346,17 @@ def test_the_method_that_people_get_first(folder, out, tmp_path, router, images,
     assert config_of(out)['ewa']['method'] == method
 
 
+def test_layers_of_both_kinds_are_averaged_unless_it_is_said_otherwise(folder, out, tmp_path, monkeypatch):
+    moe = timm.create_model('vit_tiny_patch16_224', **{k: v for k, v in TINY.items() if k in (
+        'img_size', 'patch_size', 'in_chans', 'embed_dim', 'depth', 'num_heads', 'num_classes')})
+    for block, router in zip(moe.blocks, ('random', 'topk')):
+        ewa.to_moe(block, layers='mlp', router=router)
+    monkeypatch.setattr(convert, 'load_source', lambda *args: (moe, {}))
+    (tmp_path / 'moe').mkdir()
+    run_convert(tmp_path / 'moe', '--output', out, '--data-dir', folder, '--workers', 0)
+    assert config_of(out)['ewa']['method'] == 'average'
+
+
 def test_all_methods_have_refit_without_and_with_steps():
     def titles(*flags, gated=True):
         args = convert.convert_parser().parse_args(['moe', '--output', 'vit', *flags])

@@ -306,6 +306,14 @@ def test_conversion_is_on_record(tiny, images):
     assert ewa.to_dense(gated(tiny(), layers='all'), k=2).conversion['k'] == 2
 
 
+def test_a_wider_model_has_the_classes_that_its_classifier_has_now(tiny, tmp_path):
+    model = gated(tiny(), layers='all')
+    model.reset_classifier(7)
+    ewa.export(ewa.to_dense(model, k=2), tmp_path / 'vit')
+    vit = timm.create_model(f'local-dir:{tmp_path / "vit"}', pretrained=True)
+    assert vit.num_classes == vit.head.out_features == 7 and vit.blocks[0].mlp.fc1.out_features == 256
+
+
 # dead experts
 
 

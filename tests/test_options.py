@@ -181,14 +181,14 @@ def test_an_option_that_no_method_takes_is_refused(flags, methods, message):
 
 
 @pytest.mark.parametrize('line, words', [
-    ('--clip-grad -1', '--clip-grad: must be a number, above 0'),
-    ('--hflip 2', '--hflip: must be a number, 0 to 1'),
-    ('--layer-decay nan', '--layer-decay: must be a number, above 0 to 1'),
-    ('--smoothing 1', '--smoothing: must be a number, 0 to below 1'),
+    ('--clip-grad -1', '--clip-grad: must be a number, above 0; got -1'),
+    ('--hflip 2', '--hflip: must be a number, 0 to 1; got 2'),
+    ('--layer-decay nan', '--layer-decay: must be a number, above 0 to 1; got nan'),
+    ('--smoothing 1', '--smoothing: must be a number, 0 to below 1; got 1'),
     ('--lr inf', '--lr: must be a number, at least 0; got inf'),
     ('--epochs 1.5', '--epochs: must be a whole number, at least 1'),
     ('--mean nan', '--mean: must be a number; got nan'),
-    ('--model-ema-decay 2', '--model-ema-decay: must be a number, 0 to 1'),
+    ('--model-ema-decay 2', '--model-ema-decay: must be a number, 0 to 1; got 2'),
     ('--seed -1', '--seed: must be a whole number, at least 0; got -1'),
 ])
 def test_numbers_have_ranges(line, words, capsys):

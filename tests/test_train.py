@@ -317,7 +317,7 @@ MISTAKES = {
     'output is a file': ('--output {}/file', 'file', 'Not a directory'),
     'output exists': ('--output {} --experiment full', 'full exists', '--resume'),
     'resume what': ('--resume', '--experiment'),
-    'cold distillation': ('--teacher nope --kd-temperature 0', '--kd-temperature: must be a number, above 0'),
+    'cold distillation': ('--teacher nope --kd-temperature 0', '--kd-temperature: must be a number, above 0; got 0'),
     'heavy label loss': ('--teacher nope --task-loss-weight 1.5', '--task-loss-weight 1.5', 'at most 1'),
     'teacher of larger images': ('--teacher local-dir:{}/large', 'large', "can't take the images of the student"),
     'no checkpoint': ('--initial-checkpoint {}/nope.pth', 'nope.pth does not exist'),
