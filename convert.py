@@ -19,13 +19,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import ewa
-from ewa.data import UNREADABLE, calibration_batches, class_names, complaint, eval_loader, open_dataset, preparation
+from ewa.data import (
+    UNREADABLE,
+    calibration_batches,
+    class_names,
+    complaint,
+    eval_loader,
+    open_dataset,
+    open_unlabelled,
+    preparation,
+)
 from ewa.diagnostics import advise
 from ewa.exporting import NotVerified, require_onnx, versions
 from ewa.ffn import layout_of
 from ewa.gathering import METHODS
 from ewa.moe import is_gated, moe_layers, pulled
-from ewa.options import check_images_used, convert_parser, gathering_options
+from ewa.options import check_images_used, convert_parser, gathering_options, has_images
 from ewa.report import write_report
 from ewa.sources import load_source
 
@@ -63,31 +72,32 @@ def open_images(
         model: Its classes must be those of the data.
         data_config: How images are prepared.
         trained_on: Names of the classes, if they are known.
-        gated: Whether to open training images for calibration. Methods may look at these only: the validation images
-            measure what came out.
+        gated: Whether to open images for calibration. Methods may look at these only: the validation images measure
+            what came out.
 
     Raises:
         ValueError: There are no such images, or they are of other classes.
     """
-    if not (args.data_dir or args.dataset):
-        return None, None
     channels = data_config['input_size'][0]
-    images = open_dataset(args, args.val_split, is_training=False, in_chans=channels)
-    names = class_names(images)
-    if names is not None and len(names) != model.num_classes:
-        raise ValueError(f'The data has {len(names)} classes, the model {model.num_classes}.')
-    if names is not None and trained_on and names != list(trained_on):
-        pair = next(pair for pair in zip(names, trained_on) if pair[0] != pair[1])
-        raise ValueError(
-            f'The classes of the data are not those the model was trained on: where it had {pair[1]!r}, there is '
-            f'{pair[0]!r}.')
-    calibration = None
-    if gated:
-        training = open_dataset(args, args.train_split, is_training=False, in_chans=channels)
-        calibration = calibration_batches(training, args, data_config)
-        if complaint(training):
-            print(f'warning: calibration: {complaint(training)}')
-    return eval_loader(images, args, data_config), calibration
+    validation, calibration = None, None
+    if args.data_dir or args.dataset:
+        images = open_dataset(args, args.val_split, is_training=False, in_chans=channels)
+        names = class_names(images)
+        if names is not None and len(names) != model.num_classes:
+            raise ValueError(f'The data has {len(names)} classes, the model {model.num_classes}.')
+        if names is not None and trained_on and names != list(trained_on):
+            pair = next(pair for pair in zip(names, trained_on) if pair[0] != pair[1])
+            raise ValueError(
+                f'The classes of the data are not those the model was trained on: where it had {pair[1]!r}, there is '
+                f'{pair[0]!r}.')
+        validation = eval_loader(images, args, data_config)
+    if gated and has_images(args):
+        images = (open_unlabelled(args, channels) if args.calibration_dir else
+                  open_dataset(args, args.train_split, is_training=False, in_chans=channels))
+        calibration = calibration_batches(images, args, data_config)
+        if complaint(images):
+            print(f'warning: calibration: {complaint(images)}')
+    return validation, calibration
 
 
 def conversions(args: argparse.Namespace, gated: bool) -> Dict[str, Tuple[str, Dict[str, Any]]]:
@@ -154,8 +164,8 @@ def print_fits(dense: Dict[str, nn.Module]) -> None:
         record = vit.conversion
         if 'error' not in record:
             continue
-        print(f'{title}: {record["calibration_images"]} training images, {record["calibration_tokens"]} tokens a '
-              f'layer, {record["seconds"]:.1f} s')
+        print(f'{title}: {record["calibration_images"]} images, {record["calibration_tokens"]} tokens a layer, '
+              f'{record["seconds"]:.1f} s')
         print(f'  {"layer":<24} relative error  on images held out')
         for layer, error in record['error'].items():
             print(f'  {layer:<24} {error["fitted"]:>14.4f}  {error.get("held_out", float("nan")):>18.4f}')
@@ -197,7 +207,7 @@ def compare(
         print(f'  {method:<16} {scores[method][0]:>6.2f}  {change:.4g}')
     tokens = [vit.conversion['calibration_tokens'] for vit in dense.values() if 'calibration_tokens' in vit.conversion]
     if tokens:
-        print(f'  (calibration: {max(tokens)} tokens a layer from training images)')
+        print(f'  (calibration: {max(tokens)} tokens a layer)')
     return scores, len(target)
 
 
@@ -267,7 +277,7 @@ def write_page(
         'training': ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in past.items()) or None,
         'calibration': ', '.join(
             f'{vit.conversion[key]} {name}' for key, name in (
-                ('calibration_images', 'training images'), ('calibration_tokens', 'tokens a layer'))
+                ('calibration_images', 'images'), ('calibration_tokens', 'tokens a layer'))
             if key in vit.conversion) or None,
         'accuracy': f'of {images} validation images' if images else None,
         'trained with': ' '.join(f'{k} {v}' for k, v in written_by.items()) if written_by else None,
@@ -304,7 +314,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         gated = any(is_gated(layer) for layer in layers.values())
         if args.method is None:
             all_gated = all(map(is_gated, layers.values()))
-            args.method = 'refit' if all_gated and (args.data_dir or args.dataset) else 'average'
+            args.method = 'refit' if all_gated and has_images(args) else 'average'
         methods = conversions(args, gated)
         data_config = preparation(model, args)
         batches, calibration = open_images(args, model, data_config, known.get('class_names'), gated)

@@ -111,6 +111,27 @@ def open_dataset(args: argparse.Namespace, split: str, is_training: bool, in_cha
     return dataset
 
 
+def open_unlabelled(args: argparse.Namespace, in_chans: int = 3) -> ImageSet:
+    """The images of `--calibration-dir`, a folder with images at any depth or a tar; their labels mean nothing.
+
+    Raises:
+        ValueError: It is missing, or holds no images.
+        OSError: None of them can be read.
+    """
+    where = f'--calibration-dir {args.calibration_dir}'
+    if not os.path.exists(args.calibration_dir):
+        raise ValueError(f'{where} does not exist.')
+    with foreign(f'{where} can\'t be read'):
+        dataset = create_dataset(
+            '', root=args.calibration_dir, search_split=False,
+            input_img_mode=args.input_img_mode or ('L' if in_chans == 1 else 'RGB'))
+    if os.path.isfile(args.calibration_dir):
+        _check_tar(args.calibration_dir)
+    images = ReadableImages(dataset, replace=False)
+    images.check()
+    return images
+
+
 def class_names(dataset: ImageSet) -> Optional[List[str]]:
     """Names of the classes in the order of their labels, or None if the data set does not know them."""
     if isinstance(dataset, Wrapper):

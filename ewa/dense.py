@@ -113,7 +113,8 @@ def to_dense(
         not renormalises(layer) and (k or shared_experts(layer) or layer_pieces(layer) > 1)
         for layer in gated.values())
     if needs_data and batches is None:
-        raise ValueError(f'{method} needs calibration images for this model: give batches (convert.py: --data-dir).')
+        raise ValueError(f'{method} needs calibration images for this model: give batches (convert.py: --data-dir or '
+                         f'--calibration-dir).')
     if isinstance(batches, Tensor):
         raise ValueError(
             f'batches must be a list of batches, got one tensor of shape {tuple(batches.shape)}: give [it].')

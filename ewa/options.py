@@ -471,7 +471,7 @@ def check_effect(args: argparse.Namespace, pulls: bool, gated: bool, mean: bool)
 
 
 def check_images_used(args: argparse.Namespace, gated: bool) -> None:
-    """`--calibration-images` must do something.
+    """`--calibration-dir` and `--calibration-images` must do something.
 
     Args:
         args: Of `convert_parser`.
@@ -481,8 +481,13 @@ def check_images_used(args: argparse.Namespace, gated: bool) -> None:
         ValueError: It does nothing.
     """
     _refuse_idle(args, convert_parser(), (
-        (not gated, 'without a router', 'a gated model', ('calibration_images',)),
-        (not (args.data_dir or args.dataset), 'without images', '--data-dir DIR', ('calibration_images',))))
+        (not gated, 'without a router', 'a gated model', ('calibration_dir', 'calibration_images')),
+        (not has_images(args), 'without images', '--calibration-dir DIR', ('calibration_images',))))
+
+
+def has_images(args: argparse.Namespace) -> bool:
+    """Whether `convert.py` was given images that a method may look at."""
+    return bool(args.calibration_dir or args.data_dir or args.dataset)
 
 
 def _refuse_idle(
@@ -512,8 +517,10 @@ def convert_parser() -> Parser:
     parser.add_argument('--method', choices=(*METHODS, 'all'),
                         help='how experts become one FFN; all compares and writes the best; default: refit for a gated '
                         'model with images, else average')
-    parser.add_argument('--calibration-images', type=COUNT, default=1024, metavar='N',
-                        help='training images for methods and reports that need data')
+    parser.add_argument('--calibration-dir', metavar='DIR',
+                        help='images without labels for methods and reports that need data, a folder or tar; '
+                        'default: the training split')
+    parser.add_argument('--calibration-images', type=COUNT, default=1024, metavar='N', help='how many of them are used')
     parser.add_argument('--report', metavar='DIR', help='also write report.html: what was converted, what it changed')
     parser.add_argument('--use-ema', action='store_true', help='convert the EMA weights')
     parser.add_argument('--onnx', action='store_true', help='also write DIR/model.onnx and compare it with onnxruntime')

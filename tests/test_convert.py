@@ -176,6 +176,8 @@ MISTAKES = {
     'wrong model': (['{}/moe.pth', '--model', 'vit_small_ewa'], 'moe.pth', 'vit_small_ewa'),
     'other experts': (['{}/moe.pth', *BARE, 'num_experts=3'], 'moe.pth', 'num_experts'),
     'images for nothing': (['{run}/best', '--calibration-images', '5'], '--calibration-images 5 does nothing without'),
+    'a folder for nothing': (
+        ['{run}/best', '--calibration-dir', '{}'], '--calibration-dir', 'does nothing without a router'),
     'no tensors': (['{}/text.pth', *BARE], 'text.pth', "can't be read as tensors"),
     'unknown method': (['{run}/best', '--method', 'nope'], 'nope', 'average'),
     'unknown flag': (['{run}/best', '--methd', 'sum'], 'nearest flag is --method'),
@@ -318,15 +320,19 @@ def test_refit_says_what_it_saw_and_what_is_left(folder, out, tmp_path, capsys):
     assert f'| blocks.1.mlp | topk | 4 x {units} → {units} |' in page
     record = config_of(out)['ewa']
     assert record['method'] == 'refit' and record['steps'] == 3 and record['calibration_images'] == 40
-    assert f'refit: 40 training images, {35 * 17} tokens a layer, {record["seconds"]:.1f} s' in text
+    assert f'refit: 40 images, {35 * 17} tokens a layer, {record["seconds"]:.1f} s' in text
     for layer, error in record['error'].items():
         assert re.search(rf'{layer} +{error["fitted"]:.4f} +{error["held_out"]:.4f}\n', text)
         assert f'| {layer} | {error["fitted"]:.4f} | {error["held_out"]:.4f} |' in page
     assert vanilla(out).blocks[1].mlp.fc1.out_features == moe.blocks[1].mlp.experts[0].fc1.out_features
+    (tmp_path / 'empty').mkdir()
     for flags, words in (
             (['--method', 'refit'], 'refit needs calibration images'),
+            (['--calibration-dir', '{}/nowhere'], '--calibration-dir {}/nowhere does not exist.'),
+            (['--calibration-dir', '{}/empty'], "--calibration-dir {}/empty can't be read: "),
             (['--calibration-images', '5'], '--calibration-images 5 does nothing without images: leave it out, or'),
             (['--refit-steps', 3], '--refit-steps is an option of refit, not of average')):
+        flags, words = [str(flag).replace('{}', str(tmp_path)) for flag in flags], words.replace('{}', str(tmp_path))
         code, lines = fails(run_convert, tmp_path / 'moe', '--output', tmp_path / 'x', *flags)
         assert code == 2 and words in lines[-1]
 
@@ -335,6 +341,32 @@ def test_what_is_recommended():
     scores = {'average': (17.5, 0.), 'top_kg': (22.5, .7), 'aligned': (22.5, .4)}
     assert convert.recommended(scores, gated=True) == 'aligned'
     assert convert.recommended(scores, gated=False) == 'average'  # exact; the others' lead is noise
+
+
+@pytest.mark.filterwarnings('ignore:.*calibration tokens for')
+@pytest.mark.parametrize('kind', ['flat', 'deep', 'tar'])
+def test_calibration_images_need_neither_classes_nor_labels(folder, out, tmp_path, capsys, kind):
+    write_folder(scatter(timm.create_model('vit_ewa', router='topk', **TINY)), tmp_path / 'moe')
+    images, root = sorted((folder / 'train').rglob('*.png'))[::2], tmp_path / 'images'
+    for i, path in enumerate(images):
+        target = root / ('some/where' if kind == 'deep' and i % 2 else '') / f'{i:03}.png'
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    if kind == 'tar':
+        root = shutil.make_archive(str(root), 'tar', root)
+    (tmp_path / 'images' / '000.png').write_bytes(b'no image')  # in a tar it still is one
+    run_convert(tmp_path / 'moe', '--output', out, '--calibration-dir', root, '--calibration-images', 20,
+                '--workers', 0, '--report', tmp_path / 'report')
+    text = capsys.readouterr().out
+    readable = 20 - (kind != 'tar')
+    assert config_of(out)['ewa']['method'] == 'refit' and config_of(out)['ewa']['calibration_images'] == readable
+    assert f'refit: {readable} images' in text and 'top-1' not in text
+    assert ("warning: calibration: 1 of 30 images can't be read" in text) == (kind != 'tar')
+    run_convert(tmp_path / 'moe', '--output', tmp_path / 'with', '--calibration-dir', root, '--data-dir', folder,
+                '--calibration-images', 20, '--workers', 0)
+    assert 'top-1 of' in capsys.readouterr().out
+    weights = [load_file(path / 'model.safetensors') for path in (out, tmp_path / 'with')]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
 @pytest.mark.filterwarnings('ignore:.*calibration tokens for')
