@@ -12,7 +12,7 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -84,12 +84,14 @@ def open_images(
         images = open_dataset(args, args.val_split, is_training=False, in_chans=channels)
         names = class_names(images)
         if names is not None and len(names) != model.num_classes:
-            raise ValueError(f'The data has {len(names)} classes, the model {model.num_classes}.')
+            raise ValueError(
+                f'The data has {len(names)} classes, the model {model.num_classes}: give data with its classes, or '
+                f'images alone by --calibration-dir.')
         if names is not None and trained_on and names != list(trained_on):
             pair = next(pair for pair in zip(names, trained_on) if pair[0] != pair[1])
             raise ValueError(
                 f'The classes of the data are not those the model was trained on: where it had {pair[1]!r}, there is '
-                f'{pair[0]!r}.')
+                f'{pair[0]!r}. Give data with its classes, or images alone by --calibration-dir.')
         validation = eval_loader(images, args, data_config)
     if gated and has_images(args):
         images = (open_unlabelled(args, channels) if args.calibration_dir else
@@ -103,7 +105,8 @@ def open_images(
 def conversions(args: argparse.Namespace, gated: bool) -> Dict[str, Tuple[str, Dict[str, Any]]]:
     """Methods and their options by the title they have in tables; `all` has refit without steps and with each kind."""
     if args.method != 'all':
-        return {args.method: (args.method, gathering_options(args, [args.method])[args.method])}
+        options = gathering_options(args, [args.method])[args.method]
+        return {title(args.method, options.get('steps', 0), options.get('joint_steps', 0)): (args.method, options)}
     titled = {}
     given = gathering_options(args, [method.name for method in METHODS.values() if gated or not method.needs_data])
     for method, options in given.items():
@@ -111,11 +114,17 @@ def conversions(args: argparse.Namespace, gated: bool) -> Dict[str, Tuple[str, D
         titled[method] = (method, options)
         if method == 'refit':
             options = dict(options, steps=steps)
-            titled[f'refit, {steps} steps'] = (method, options)
+            titled[title(method, steps)] = (method, options)
             if joint_steps:
-                options = dict(options, joint_steps=joint_steps)
-                titled[f'refit, {steps} and {joint_steps} joint steps'] = (method, options)
+                titled[title(method, steps, joint_steps)] = (method, dict(options, joint_steps=joint_steps))
     return titled
+
+
+def title(method: str, steps: int = 0, joint_steps: int = 0) -> str:
+    """What a conversion is called in tables."""
+    both = [f'{steps} steps'] * (steps > 0 and not joint_steps) + [
+        f'{steps} and {joint_steps} joint steps' if steps else f'{joint_steps} joint steps'] * (joint_steps > 0)
+    return ', '.join([method, *both])
 
 
 def gather(
@@ -126,9 +135,9 @@ def gather(
 ) -> Dict[str, nn.Module]:
     """A dense model by each of the methods, which come with their options, by title."""
     dense = {}
-    for title, (method, options) in methods.items():
+    for name, (method, options) in methods.items():
         try:
-            dense[title] = ewa.to_dense(model, method, calibration, k=k, **options)
+            dense[name] = ewa.to_dense(model, method, calibration, k=k, **options)
         except (torch.OutOfMemoryError, torch.linalg.LinAlgError) as e:
             raise ValueError(f'--method {method} can\'t be computed here: {e}') from e
     return dense
@@ -160,12 +169,12 @@ def print_layers(records: List[Dict[str, Any]], gated: bool) -> None:
 
 def print_fits(dense: Dict[str, nn.Module]) -> None:
     """What methods that fit layers have seen, how far from each layer they stay, and how long they took."""
-    for title, vit in dense.items():
+    for name, vit in dense.items():
         record = vit.conversion
         if 'error' not in record:
             continue
-        print(f'{title}: {record["calibration_images"]} images, {record["calibration_tokens"]} tokens a layer, '
-              f'{record["seconds"]:.1f} s')
+        print(f'{name}: {record["calibration_images"]} images, an eighth of them held out, '
+              f'{record["calibration_tokens"]} tokens a layer, {record["seconds"]:.1f} s')
         print(f'  {"layer":<24} relative error  on images held out')
         for layer, error in record['error'].items():
             print(f'  {layer:<24} {error["fitted"]:>14.4f}  {error.get("held_out", float("nan")):>18.4f}')
@@ -173,7 +182,7 @@ def print_fits(dense: Dict[str, nn.Module]) -> None:
             print(f'  steps brought {", ".join(record["steps_in_vain"])} no closer and were left out')
         if 'outputs_error' in record:
             print('  relative error of the model\'s outputs: {before:.4f}, after joint steps {after:.4f}'.format(
-                **record['outputs_error']))
+                **record['outputs_error']) + ', so they were left out' * record.get('joint_steps_in_vain', False))
 
 
 def compare(
@@ -199,12 +208,13 @@ def compare(
         raise ValueError('no validation image can be read: leave --data-dir out to convert without them.')
     scores = {'before conversion': (top1(reference, target), 0.)}
     print(f'top-1 of {len(target)} images: {top1(reference, target):.2f} before conversion')
-    print('  method            top-1  relative change of the logits')
+    width = max(16, *map(len, dense))
+    print(f'  {"method":<{width}}  top-1  relative change of the logits')
     for method, vit in dense.items():
         logits, _ = logits_of(vit, batches, device)
         change = ((logits - reference).norm() / reference.norm()).item()
         scores[method] = top1(logits, target), change
-        print(f'  {method:<16} {scores[method][0]:>6.2f}  {change:.4g}')
+        print(f'  {method:<{width}} {scores[method][0]:>6.2f}  {change:.4g}')
     tokens = [vit.conversion['calibration_tokens'] for vit in dense.values() if 'calibration_tokens' in vit.conversion]
     if tokens:
         print(f'  (calibration: {max(tokens)} tokens a layer)')
@@ -221,9 +231,15 @@ def recommended(scores: Dict[str, Tuple[float, float]], gated: bool) -> str:
     return max(scores, key=lambda method: (scores[method][0], -scores[method][1])) if gated else 'average'
 
 
+_shown: Set[str] = set()
+
+
 def show_warning(message: Any, *where: Any, **more: Any) -> None:
-    """In the form of the other lines."""
-    print(f'warning: {message}', file=sys.stderr)
+    """In the form of the other lines, each once."""
+    line = f'warning: {message}'
+    if line not in _shown:
+        print(line, file=sys.stderr)
+    _shown.add(line)
 
 
 def print_check(args: argparse.Namespace) -> None:
@@ -237,15 +253,26 @@ def print_check(args: argparse.Namespace) -> None:
         print(f'    python convert.py {source} --from {args.layout} --output {output} --overwrite --data-dir IMAGENET')
 
 
+def of_training(known: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, float]]:
+    """What is known of the training of the MoE, and apart from that how accurate the MoE was."""
+    past = {k: v for k, v in (known.get('provenance') or {}).items() if k not in ('versions', 'error', 'layers')}
+    of_moe = {k: past.pop(k) for k in list(past) if k.removeprefix('ema_') in ('loss', 'top1', 'top5')}
+    return past, of_moe
+
+
 def write(
         dense: nn.Module,
         output: Path,
         known: Dict[str, Any],
         data_config: Dict[str, Any],
         args: argparse.Namespace,
+        measured: Dict[str, float],
 ) -> None:
-    """The vanilla folder, with what is known of the training of the MoE."""
-    provenance = {k: v for k, v in (known.get('provenance') or {}).items() if k != 'versions'}
+    """The vanilla folder, with what is known of the training of the MoE, and what was `measured` of the dense model."""
+    provenance, moe = of_training(known)
+    if moe:
+        provenance['moe'] = moe
+    provenance.update(measured)
     try:
         ewa.export(dense, output, known.get('class_names'), data_config, provenance, args.overwrite, args.onnx)
     except NotVerified as e:
@@ -329,7 +356,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     for warning in advise(records) if gated and args.method in ('average', 'all') else ():
         print(f'warning: {warning}')
     print_fits(dense)
-    best = args.method
+    best = next(iter(dense))
     try:
         scores, count = compare(model, dense, batches, device) if batches is not None else ({}, 0)
     except ValueError as e:
@@ -340,7 +367,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         print(f'Recommended: {best}, {why}. It is what is written now'
               + '; distillation (train.py --teacher) can change the order.' * gated)
     try:
-        write(dense[best].cpu(), output, known, data_config, args)
+        measured = dict(top1=round(scores[best][0], 2), top1_images=count) if best in scores else {}
+        write(dense[best].cpu(), output, known, data_config, args, measured)
         if args.report:
             write_page(args, argv, model, known, dense, best, records, scores, count)
     except (ValueError, OSError) as e:

@@ -404,7 +404,8 @@ def introduction(run: Run, accelerator: Accelerator) -> str:
         f'{args.model}: {sum(p.numel() for p in run.plain_model.parameters()) / 1e6:.2f} M parameters, {experts}. '
         f'{counts[0]} training and {counts[1]} validation images of {args.num_classes} classes. '
         f'{accelerator.num_processes} x {device_name}{", sharded" * accelerator.is_fsdp2}, {run.epochs} epochs of '
-        f'{run.length.updates} updates, learning rate {args.lr:.3g}.')
+        f'{run.length.updates} updates, learning rate {args.lr:.3g}'
+        + f' (not reached: --warmup-epochs {args.warmup_epochs})' * (args.epochs <= args.warmup_epochs) + '.')
 
 
 def clip_gradients(run: Run, accelerator: Accelerator) -> None:
@@ -457,9 +458,9 @@ def train_epoch(run: Run, epoch: int, accelerator: Accelerator, book: Logbook, i
         state.update += 1
         if run.ema is not None:
             run.ema.update(run.plain_model, step=state.update)
+        book.log_update(state.update, run.optimizer, run.averager, routing)
         if args.sched_on_updates:
             run.scheduler.step_update(state.update)
-        book.log_update(state.update, run.optimizer, run.averager, routing)
         if batch + 1 < run.length.batches:
             save_within_epoch(run, batch + 1, accelerator, book, interrupt)
     book.warn('Training', complaint(run.train_batches.dataset))

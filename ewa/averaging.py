@@ -212,9 +212,20 @@ class ExpertAverager:
         """The rate of the next pull; the largest one where layers differ."""
         return max(self.policy(layer, self.pulls + 1) for _, layer in moe_layers(self.model))
 
-    @torch.no_grad()
     def step(self) -> None:
-        """Count one optimizer step, and pull if it is the turn. For loops in which `attach` is not used."""
+        """Count one optimizer step, and pull if it is the turn. For loops in which `attach` is not used.
+
+        Raises:
+            RuntimeError: It is attached and counts the steps of its optimizer already.
+        """
+        if self.is_attached():
+            raise RuntimeError(
+                'This ExpertAverager is attached and pulls after each step of its optimizer: leave averager.step() '
+                'out, or call .remove() on its handle first.')
+        self._step()
+
+    @torch.no_grad()
+    def _step(self) -> None:
         self.steps += 1
         if self.steps == 1:
             self._is_used()
@@ -330,7 +341,7 @@ class ExpertAverager:
         # fused optimizers are called even when the loss scaler found infinities, and skip the step inside
         found_inf = getattr(optimizer, 'found_inf', None)
         if found_inf is None or not bool(found_inf):
-            self.step()
+            self._step()
             if self.steps == 1:
                 self._warn_of_unused()
             if self.steps == _LOOK_AGAIN:

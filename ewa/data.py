@@ -5,15 +5,16 @@ class folders that differ between training and validation (labels then mean diff
 folders or in hidden ones, a tar that was cut off, images that can't be read (it takes their neighbours for them).
 """
 import argparse
+import logging
 import math
 import os
 import random
 import tarfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from glob import escape as glob_escape
 from glob import glob
 from itertools import islice
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -66,9 +67,9 @@ def _check_samples(dataset: ImageSet, where: str) -> None:
     if hidden is not None:
         raise ValueError(f'{where} has images in a hidden folder {hidden}, which would be a class: remove it.')
     if len(set(mapping.values())) < 2:
-        only = next(iter(mapping), '') or 'none'
-        raise ValueError(
-            f'{where} has images of one class only ({only}): put those of each class into a folder of its own.')
+        only = next(iter(mapping), '')
+        found = f'has images of one class only ({only})' if only else 'has no class folders'
+        raise ValueError(f'{where} {found}: put the images of each class into a folder of its own.')
     missing = sorted(set(range(max(mapping.values()) + 1)) - set(mapping.values()))
     if missing:
         raise ValueError(f'The class map of {where} has no class for label {missing[0]}: labels are 0, 1, 2, ...')
@@ -351,8 +352,22 @@ def preparation(model: nn.Module, args: argparse.Namespace) -> Dict[str, Any]:
     Raises:
         ValueError: The flags do not go together.
     """
-    with foreign('The images can\'t be prepared by --img-size, --mean, --std and --crop-pct as they are'):
+    started_somewhere = any(getattr(args, key, None) for key in ('pretrained', 'pretrained_path', 'initial_checkpoint'))
+    with foreign('The images can\'t be prepared by --img-size, --mean, --std and --crop-pct as they are'), (
+            _quiet(not started_somewhere)):
         return resolve_input_data_config(model, vars(args))
+
+
+@contextmanager
+def _quiet(wanted: bool) -> Iterator[None]:
+    """Without timm's notices about pretrained statistics, which say nothing of a model that starts from nothing."""
+    logger = logging.getLogger('timm.data')
+    level = logger.level
+    logger.setLevel(logging.ERROR if wanted else level)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def train_loader(dataset: ImageSet, args: argparse.Namespace, data_config: Dict[str, Any]) -> DataLoader:

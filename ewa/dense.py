@@ -256,7 +256,7 @@ def refit_layers(
         `error` (layer to `fitted` and `held_out`: `sqrt(E w|y' - y|^2 / E w|y|^2)` for its output `y`, the FFN's `y'`
         before joint steps and the weight `w` of the token; no `held_out` of a single image), `steps_in_vain` (layers
         that are without steps, since these brought them no closer), `outputs_error` (of the model, `before` and
-        `after` joint steps), `seconds`.
+        `after` joint steps), `joint_steps_in_vain` (True where they brought it no closer and are left out), `seconds`.
 
     Raises:
         ValueError: See `to_dense`; the message names the layer.
@@ -310,6 +310,7 @@ def refit_layers(
         ffn.train(layers[name].experts[0].training)
     record = dict(
         **dict(outputs_error=outputs) if joint_steps else {}, **dict(steps_in_vain=vain) if vain else {},
+        **dict(joint_steps_in_vain=True) if joint_steps and outputs['after'] >= outputs['before'] else {},
         calibration_images=sum(map(len, fitted)) + sum(map(len, held)), calibration_tokens=tokens, error=errors,
         seconds=round(time.perf_counter() - started, 1))
     return ffns, record
@@ -325,7 +326,7 @@ def _fit_jointly(
 ) -> Tuple[Dict[str, nn.Module], Dict[str, float]]:
     """FFNs that are trained together for the outputs of the model; and the error of these, `before` and `after`.
 
-    `sqrt(E|y' - y|^2 / E|y|^2)` on images that are held out, if there are any. Where it did not fall, the FFNs given.
+    `sqrt(E|y' - y|^2 / E|y|^2)` on images that are held out, if there are any. Where it does not fall, the FFNs given.
     """
     wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     if len({images.shape[1:] for images in (*fitted, *held)}) > 1:
@@ -354,7 +355,7 @@ def _fit_jointly(
     refit.fit_outputs(student, parameters, teacher, torch.cat(list(fitted)).to(wide), steps)
     after = error()
     if after >= before:
-        return ffns, dict(before=before, after=before)
+        return ffns, dict(before=before, after=after)
     return {name: ffn.to(next(ffns[name].parameters()).dtype) for name, ffn in trained.items()}, dict(
         before=before, after=after)
 

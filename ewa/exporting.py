@@ -126,7 +126,7 @@ def _new_folder(directory: Path, overwrite: bool) -> Iterator[Path]:
         FileExistsError: The final one exists and `overwrite` is not set, or it is no model folder.
     """
     if directory.exists() and not overwrite:
-        raise FileExistsError(f'{directory} exists; give another folder or ask to overwrite it.')
+        raise FileExistsError(f'{directory} exists; give another folder, or overwrite=True.')
     if directory.exists() and not (directory / 'config.json').is_file() and (
             not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f'{directory} is not a model folder, so it is not replaced.')

@@ -412,7 +412,9 @@ def select_ffns(model: nn.Module, layers: Union[str, Sequence[int], Sequence[str
         return list(map(str, layers))
     names = list(find_ffns(model))
     if not names:
-        raise ValueError(f'{type(model).__name__} has no FFN to convert{_nearest_ffn(model)}.')
+        raise ValueError(
+            f'{type(model).__name__} has no FFN to convert{_nearest_ffn(model)}. Take a ViT, Swin, ConvNeXt, ...: '
+            f'docs/coverage.md lists the names.')
     blocks = list(dict.fromkeys(block_of(name) for name in names if block_of(name)))
     if isinstance(layers, str) and not re.fullmatch(r'all|(every|last):.*', layers):
         try:

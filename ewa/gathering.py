@@ -568,22 +568,22 @@ METHODS: Dict[str, Method] = {method.name: method for method in (
                       flag='--refit-steps'),
                Option('joint_steps', int, 'then optimizer steps for all FFNs against the model\'s outputs on mixed '
                       'images, without labels', flag='--refit-joint-steps'),
-               Option('ridge', float, 'of the least squares, relative to the mean of the diagonal'))),
+               Option('ridge', float, 'of the least squares, relative to the mean of the diagonal; default: 1e-4'))),
     Method('average', 'merge', average, 'mean of the experts', 'OneS, EWA'),
     Method('sum', 'merge', total, 'sum of the experts', 'OneS', options=(_RESCALE,)),
     Method('top_kg', 'merge', top_kg, 'the `H/E` hidden units of each expert whose row of fc1 and column of fc2 have '
            'the largest norms (their sum), side by side; output bias averaged', 'OneS, Top-KG', options=(_RESCALE,)),
     Method('svd_kg', 'merge', svd_kg, 'per matrix, the sum over experts of the fewest leading singular triplets that '
            'hold a share of the sum of singular values; biases averaged', 'OneS, SVD-KG', options=(
-               _RESCALE, Option('share', float, 'of the sum of singular values that is kept, default 0.5'))),
+               _RESCALE, Option('share', float, 'of the sum of singular values that is kept; default: 0.5'))),
     Method('usage', 'merge', _by_usage, 'mean weighted by the tokens each expert got',
            'the weighting of M-SMoE (2310.01334)', needs_data=True),
     Method('aligned', 'merge', aligned, 'hidden units of each expert permuted to match the first (linear assignment), '
            'then the mean', 'Git Re-Basin (2209.04836)',
-           options=(Option('reference', int, 'index of the expert whose order of hidden units is kept'),)),
+           options=(Option('reference', int, 'index of the expert whose order of hidden units is kept; default: 0'),)),
     Method('prune', 'select', _best_experts, 'the most used expert, or with `--score norm` that of largest gate times '
            'output norm', needs_data=True,
-           options=(Option('score', str, 'by tokens, or gate times output norm', ('usage', 'norm')),)),
+           options=(Option('score', str, 'by tokens, or gate times output norm; default: usage', ('usage', 'norm')),)),
     Method('do_acp', 'select', _diverse_experts, 'the `k` experts that contribute much and differ, side by side, fc2 '
            'scaled to the gates\' mass; with full-width experts `k` is 1, a single expert, which is not the method as '
            'published', '2605.28207', needs_data=True,

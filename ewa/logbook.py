@@ -81,6 +81,7 @@ class Logbook:
         self.updates_per_epoch = updates_per_epoch
         self.log_interval = log_interval
         self.metrics: Dict[str, float] = {}  # of the last validation
+        self.rate = math.nan  # of the last update, before the schedule goes on
         self.complaints: Dict[str, str] = {}  # by split
         self.pulled = False  # a share rate that is 0 throughout is not drawn
         self.charted = False
@@ -211,6 +212,7 @@ class Logbook:
             SystemExit: The loss is not finite; exit code 1.
         """
         self.bar.update()
+        self.rate = learning_rate(optimizer)
         last = update % self.updates_per_epoch == 0
         if update % self.log_interval and not last:
             return
@@ -221,7 +223,7 @@ class Logbook:
         if self.board is None:
             return
         scalars = {
-            'loss': self.loss, 'lr': learning_rate(optimizer), 'images_per_second': self.speed, 'epoch': self.epoch,
+            'loss': self.loss, 'lr': self.rate, 'images_per_second': self.speed, 'epoch': self.epoch,
             **{k: v.item() for k, v in (routing or {}).items()}}
         if averager is not None:
             self.pulled |= averager.share_rate > 0
@@ -299,7 +301,7 @@ class Logbook:
         if metrics:
             update_summary(
                 state.epoch, dict(loss=self.loss, **state.spent), metrics, str(self.experiment / 'summary.csv'),
-                lr=learning_rate(optimizer))
+                lr=self.rate)
         for folder in ['last'] + ['best'] * improved:
             write_folder(
                 model, self.experiment / folder, state.class_names, state.data_config, state.provenance, ema,
@@ -329,7 +331,7 @@ class Logbook:
                 f', {100 * benefit_kept(top1, dense_top1, teacher_top1):.1f} % of the benefit of the teacher '
                 f'({teacher_top1:.2f}) over a dense model ({dense_top1:.2f}) kept')
             self.say(f'Distilled with {state.images} images, {state.pflops:.3g} PFLOP, {state.seconds:.0f} s: '
-                     f'top-1 {top1:.2f}{kept}.')
+                     f'top-1 {top1:.2f} in the last epoch{kept}.')
         best = cast(Dict[str, Any], state.best)  # the last epoch is always validated
         of_ema = best['weights'] == 'EMA'
         self.say(f'Best {state.flags["eval_metric"]}: {best["value"]:.2f} in epoch {best["epoch"]}'

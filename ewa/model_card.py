@@ -47,7 +47,8 @@ def model_card(
         library: `'timm'`, `'transformers'` or `'torchvision'`, which builds the model.
         architecture: Its name there.
         parameters: How many it has.
-        conversion: What is known of the MoE that it was: `method`, `num_experts`, `router`, `layers`, `versions`.
+        conversion: What is known of the MoE that it was: `method`, `num_experts`, `router`, `layers`, `versions`;
+            and of its accuracy, `top1` of `top1_images`.
         model_class: Of transformers, which loads it.
         num_classes: Classes that it tells apart; None where it is not known, 0 for features.
         class_names: Their names, in order.
@@ -71,6 +72,8 @@ def model_card(
                   f'{data_config["interpolation"]}, crop {data_config["crop_pct"]}']
     if num_classes is not None:
         lines += [f'- Classes: {num_classes or "none, it gives features"}' + _names(class_names)]
+    if 'top1_images' in conversion:
+        lines += [f'- Top-1: {conversion["top1"]:.2f} % of {conversion["top1_images"]} validation images']
     lines += _how(conversion)
     lines += ['', '## Loading it', '']
     loads = [LOAD[library]] + [_THROUGH_WRAPPER] * wrapped
@@ -90,8 +93,9 @@ def _names(class_names: Optional[Sequence[str]]) -> str:
 
 def _how(conversion: Mapping[str, Any]) -> Sequence[str]:
     versions: Dict[str, str] = dict(conversion.get('versions') or {})
-    written = f'- Written by [ewa](https://arxiv.org/abs/2308.06093) {versions.get("ewa", "")}'.rstrip()
-    written += ''.join(f', {key} {versions[key]}' for key in ('timm', 'transformers', 'torch') if key in versions) + '.'
+    written = f'- Written by ewa {versions.get("ewa", "")}'.rstrip()
+    written += ''.join(f', {key} {versions[key]}' for key in ('timm', 'transformers', 'torch') if key in versions)
+    written += '; its method: [arXiv 2308.06093](https://arxiv.org/abs/2308.06093).'
     if 'method' not in conversion:
         return [written]
     router = 'split among the experts at random' if conversion.get('router') == 'random' else 'routed by a learned gate'

@@ -163,6 +163,8 @@ class Parser(argparse.ArgumentParser):
         # the file's entries become flags in front of the given ones: one set of checks, and the command line wins
         config = self._config_file(args)
         parsed, unknown = self.parse_known_args((self._config_flags(config) if config else []) + args, namespace)
+        if unknown and not unknown[0].startswith('-') and getattr(parsed, 'resume', False):
+            self.error(f'--resume takes no path, got {unknown[0]}: it goes on with --experiment')
         if unknown:
             self.error(f'unknown argument {unknown[0]}{self._nearest(unknown[0].lstrip("-"))}')
         data = parsed.__dict__.pop('data', None)
@@ -184,6 +186,8 @@ class Parser(argparse.ArgumentParser):
         name = name.split('=', maxsplit=1)[0].replace('_', '-')
         if name in self.absent:
             return ': a flag of timm\'s train.py that this one does not have' + f'; {self.absent[name]}'.rstrip('; ')
+        if name == 'learning-rate':
+            return '; the flag is --lr'
         flags = [flag[2:] for flag in self._option_string_actions if flag.startswith('--')]
         close = difflib.get_close_matches(name, flags, n=1)
         return f'; the nearest flag is --{close[0]}' if close else ''
@@ -247,7 +251,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> Any:
                        help='TYPE/NAME for torch, hfds, wds, tfds; default: folders or tars of images')
     group.add_argument('--train-split', metavar='NAME', default='train',
                        help='folder, .tar or name of the training split')
-    group.add_argument('--val-split', metavar='NAME', default='validation', help='the same of validation')
+    group.add_argument('--val-split', metavar='NAME', default='validation',
+                       help='the same of validation; finds val/ too')
     group.add_argument('--train-num-samples', type=COUNT, metavar='N',
                        help='size of the training split of an iterable data set')
     group.add_argument('--val-num-samples', type=COUNT, metavar='N',
@@ -334,7 +339,8 @@ def train_parser() -> Parser:
     group.add_argument('--momentum', type=BELOW_ONE, default=0.9, metavar='M', help='momentum where there is one')
     group.add_argument('--weight-decay', type=NOT_NEGATIVE, default=0.05, metavar='W', help='weight decay')
     group.add_argument('--clip-grad', type=POSITIVE, metavar='G', help='largest gradient; agc: relative to weights')
-    group.add_argument('--clip-mode', choices=CLIP_MODES, default='norm', help='of what: all, each value, each unit')
+    group.add_argument('--clip-mode', choices=CLIP_MODES, default='norm',
+                       help='norm of all, each value, or units relative to weights')
     group.add_argument('--layer-decay', type=NOT_ZERO_SHARE, metavar='D', help='layer-wise learning rate decay')
     group.add_argument('--layer-decay-min-scale', type=SHARE, default=0., metavar='S', help='its lowest scale')
     group.add_argument('--opt-kwargs', nargs='*', default={}, action=_KeyValues, metavar='KEY=VALUE',
@@ -355,7 +361,7 @@ def train_parser() -> Parser:
                        help='with the batch; default: sqrt if adaptive, else linear')
     group.add_argument('--epochs', type=COUNT, default=300, metavar='N', help='epochs to train')
     group.add_argument('--warmup-epochs', type=WHOLE, default=WARMUP_EPOCHS, metavar='N',
-                       help='epochs of rising learning rate')
+                       help='of these the first ones, in which the learning rate rises')
     group.add_argument('--warmup-lr', type=NOT_NEGATIVE, default=1e-6, metavar='LR',
                        help='learning rate at their beginning')
     group.add_argument('--warmup-prefix', action='store_true', help='count warm-up epochs apart from --epochs')
@@ -424,7 +430,7 @@ def train_parser() -> Parser:
     group.add_argument('--output', default='output', metavar='DIR', help='parent of all experiments')
     group.add_argument('--experiment', default='', metavar='NAME', help='folder of this run; default: time and model')
     group.add_argument('--resume', action='store_true',
-                       help='go on with --experiment from its newest checkpoint; takes no path, unlike timm\'s')
+                       help='go on with --experiment from its newest checkpoint if it has one; takes no path')
     return parser
 
 
@@ -528,7 +534,7 @@ def convert_parser() -> Parser:
         f'{method.name}: {method.summary}' + f' ({method.source})' * bool(method.source)
         for method in METHODS.values()).replace('`', ''))
     group.add_argument('--k', type=COUNT, metavar='N',
-                       help='routed experts kept; default: as many as the vanilla width holds')
+                       help='experts kept, beside shared ones; default: as many as make FFNs of the usual width')
     for name, (option, takers) in _method_options().items():
         settings: Dict[str, Any] = dict(default=None, help=f'{", ".join(takers)}: {option.help}')
         if option.type is bool:

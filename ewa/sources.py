@@ -123,6 +123,8 @@ def load(directory: PathLike, ema: bool = False, layout: Optional[str] = None, *
         if ema:
             raise ValueError(f'ema=True: files of layout {layout} have no EMA weights.')
         return load_released(directory, layout, **kwargs)
+    if directory.is_file() and (directory.parent / 'config.json').is_file():
+        raise ValueError(f'{directory} is a file of a model folder: load {directory.parent}.')
     if not (directory / 'config.json').is_file() and (directory / 'state.json').is_file():
         return _load_checkpoint_folder(directory, ema, kwargs)
     for name in ('config.json', 'ema.safetensors' if ema else 'model.safetensors'):
@@ -352,7 +354,8 @@ def build_model(args: argparse.Namespace) -> nn.Module:
 
     _check_name(name)
     given = args.initial_checkpoint or args.pretrained_path
-    problem = f'{name} can\'t be made with {kwargs}'
+    problem = f'{name} can\'t be made with {kwargs}' + (
+        ' and --pretrained (without a network give its file or folder by --pretrained-path)' * args.pretrained)
     if given:
         kwargs['pretrained_cfg_overlay'] = _given_weights(Path(given), args)
         problem = f'{given} can\'t be loaded into {name} with {kwargs}'

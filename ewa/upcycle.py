@@ -10,7 +10,7 @@ from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from typing import Any, Callable, Dict, List, Sequence, Tuple, Union, cast
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union, cast
 
 import torch
 from timm.models import register_notrace_module
@@ -79,8 +79,8 @@ def to_moe(
         router: Union[str, Callable[[List[nn.Module]], nn.Module]] = 'random',
         init: str = 'copy',
         form: str = 'experts',
-        spread: float = 0.3,
-        top_k: int = 2,
+        spread: Optional[float] = None,
+        top_k: Optional[int] = None,
         num_shared: int = 0,
         expert_ratio: float = 1.0,
         renormalise: bool = True,
@@ -103,9 +103,9 @@ def to_moe(
             from the host's initialisation, for a model that has not been trained.
         form: Random partition only: `'experts'`, each with parameters of its own as published, or `'mean'`, the mean
             FFN and deviations from it (`ewa.moe.MeanFormMoE`), which trains the mean as a dense FFN is trained.
-        spread: Form `'mean'` only: `s >= 0`, what deviations are multiplied by; under Adam it scales their learning
-            rate, under SGD it acts squared.
-        top_k: Gated only: experts a token, 1 to `E`.
+        spread: Form `'mean'` only: `s >= 0`, what deviations are multiplied by, by default 0.3; under Adam it scales
+            their learning rate, under SGD it acts squared.
+        top_k: `'topk'` only: experts a token, 1 to `E`, by default 2.
         num_shared: Gated only: further experts that every token passes through.
         expert_ratio: Gated only: `1/m` makes all experts of hidden width `H/m`. They start as consecutive slices of
             the dense FFN's hidden units, cyclically, the routed ones first; each slice carries `1/m` of the output
@@ -133,6 +133,11 @@ def to_moe(
     gated = factory is TopKMoE
     if form not in ('experts', 'mean'):
         raise ValueError(f"form must be 'experts' or 'mean', got {form!r}.")
+    if spread is not None and form != 'mean':
+        raise ValueError(f"spread={spread} does nothing with form={form!r}: leave it out, or give form='mean'.")
+    if top_k is not None and not gated:
+        raise ValueError(f"top_k={top_k} does nothing with router={router!r}: leave it out, or give router='topk'.")
+    spread, top_k = 0.3 if spread is None else spread, 2 if top_k is None else top_k
     if form == 'mean':
         if factory is not RandomPartitionMoE:
             raise ValueError(f"form='mean' is a form of router='random', not of {router!r}.")

@@ -3,6 +3,7 @@
     accelerate launch examples/accelerate_loop.py --steps 100 --output vit
 """
 import argparse
+import os
 
 import timm
 import torch
@@ -16,6 +17,8 @@ parser.add_argument('--steps', type=int, default=100, help='optimizer steps')
 parser.add_argument('--data', default='data/fashion_mini', help='folder with train.tar')
 parser.add_argument('--output', default='vit')
 args = parser.parse_args()
+if os.path.exists(args.output):  # before the training, not after it
+    parser.error(f'{args.output} exists: give another --output')
 
 accelerator = Accelerator(gradient_accumulation_steps=2)
 dataset = create_dataset('', root=f'{args.data}/train.tar', input_img_mode='L')
@@ -45,4 +48,6 @@ while averager.steps < args.steps:
     accelerator.print(f'step {averager.steps}: loss {loss.item():.3f}')
 
 if accelerator.is_main_process:
-    ewa.export(ewa.to_dense(accelerator.unwrap_model(model)), args.output)
+    # what it was trained on is told to those who load it
+    images = dict(input_size=(1, 28, 28), mean=(0.286,), std=(0.353,), crop_pct=1.)
+    ewa.export(ewa.to_dense(accelerator.unwrap_model(model)), args.output, data_config=images)

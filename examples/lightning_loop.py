@@ -4,6 +4,7 @@
     python examples/lightning_loop.py --steps 200 --output vit
 """
 import argparse
+import os
 
 import lightning
 import timm
@@ -18,6 +19,8 @@ parser.add_argument('--steps', type=int, default=200)
 parser.add_argument('--data', default='data/fashion_mini', help='folder with train.tar')
 parser.add_argument('--output', default='vit')
 args = parser.parse_args()
+if os.path.exists(args.output):  # before the training, not after it
+    parser.error(f'{args.output} exists: give another --output')
 
 
 class Classifier(lightning.LightningModule):
@@ -52,5 +55,7 @@ trainer = lightning.Trainer(
     callbacks=[EWACallback(share_rate=1e-3)])
 trainer.fit(module, loader)
 
-ewa.export(ewa.to_dense(module), args.output)
+# what it was trained on is told to those who load it
+images = dict(input_size=(1, 28, 28), mean=(0.286,), std=(0.353,), crop_pct=1.)
+ewa.export(ewa.to_dense(module), args.output, data_config=images)
 print(f"timm.create_model('local-dir:{args.output}', pretrained=True)")

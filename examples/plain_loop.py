@@ -3,6 +3,7 @@
     python examples/plain_loop.py --steps 200 --output vit
 """
 import argparse
+import os
 
 import timm
 import torch
@@ -15,6 +16,8 @@ parser.add_argument('--steps', type=int, default=200)
 parser.add_argument('--data', default='data/fashion_mini', help='folder with train.tar')
 parser.add_argument('--output', default='vit')
 args = parser.parse_args()
+if os.path.exists(args.output):  # before the training, not after it
+    parser.error(f'{args.output} exists: give another --output')
 
 torch.manual_seed(0)
 dataset = create_dataset('', root=f'{args.data}/train.tar', input_img_mode='L')
@@ -41,5 +44,7 @@ while step < args.steps:
         if step == args.steps:
             break
 
-ewa.export(ewa.to_dense(model), args.output)
+# what it was trained on is told to those who load it
+images = dict(input_size=(1, 28, 28), mean=(0.286,), std=(0.353,), crop_pct=1.)
+ewa.export(ewa.to_dense(model), args.output, data_config=images)
 print(f"timm.create_model('local-dir:{args.output}', pretrained=True)")

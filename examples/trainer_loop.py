@@ -4,6 +4,7 @@
     python examples/trainer_loop.py --steps 200 --output vit
 """
 import argparse
+import os
 import tempfile
 
 import torch
@@ -18,6 +19,8 @@ parser.add_argument('--steps', type=int, default=200)
 parser.add_argument('--data', default='data/fashion_mini', help='folder with train.tar')
 parser.add_argument('--output', default='vit')
 args = parser.parse_args()
+if os.path.exists(args.output):  # before the training, not after it
+    parser.error(f'{args.output} exists: give another --output')
 
 transform = create_transform((1, 28, 28), is_training=True, no_aug=True, mean=(0.286,), std=(0.353,))
 dataset = create_dataset('', root=f'{args.data}/train.tar', input_img_mode='L', transform=transform)

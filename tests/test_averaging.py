@@ -750,7 +750,20 @@ class TestHalfPrecision:
                 torch.testing.assert_close(p.double(), value, atol=2e-7, rtol=0)
 
 
-@pytest.mark.parametrize('method', ['step', 'descend', 'by hand'])
+def test_steps_by_hand_beside_an_optimizer_are_refused():
+    layer = moe_layer()
+    averager = ewa.ExpertAverager(layer, 0.1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.)
+    handle = averager.attach(optimizer)
+    with pytest.raises(RuntimeError, match=r'attached and pulls after each step .* leave averager.step\(\) out'):
+        averager.step()
+    assert averager.state_dict() == dict(steps=0, pulls=0)
+    handle.remove()
+    averager.step()
+    assert averager.state_dict() == dict(steps=1, pulls=1)
+
+
+@pytest.mark.parametrize('method', ['step', 'descend'])
 def test_an_optimizer_that_never_steps_is_named_once(tiny, method):
     class Other(torch.optim.SGD):
         def descend(self):
@@ -761,16 +774,13 @@ def test_an_optimizer_that_never_steps_is_named_once(tiny, method):
 
     model = ewa.to_moe(tiny())
     optimizer = Other(model.parameters(), lr=1e-3)
-    averager = ewa.ExpertAverager(model, 0.1)
-    averager.attach(optimizer)
+    ewa.ExpertAverager(model, 0.1).attach(optimizer)
     parameter = model.blocks[1].mlp.experts[0].fc1.weight
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         for _ in range(220):
             sum(p.sum() for p in model.parameters()).backward()
-            getattr(optimizer, 'descend' if method == 'by hand' else method)()
-            if method == 'by hand':
-                averager.step()
+            getattr(optimizer, method)()
     said = [str(w.message) for w in caught]
     assert said == ['After 100 backward passes Other.step() was not called, so no expert was pulled. If it trains by '
                     'another method, call averager.step() after that instead of attaching.'] * (method == 'descend')

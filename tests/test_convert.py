@@ -313,14 +313,16 @@ def test_refit_says_what_it_saw_and_what_is_left(folder, out, tmp_path, capsys):
                 '--calibration-images', 40, '--workers', 0, '--report', tmp_path / 'report')
     text = capsys.readouterr().out
     page = (tmp_path / 'report' / 'report.md').read_text(encoding='utf-8')
-    before, after = re.search(r'([\d.]+) before conversion', text)[1], re.search(r'^  refit +([\d.]+)', text, re.M)[1]
-    assert f'| before conversion | {before} |' in page and f'| refit (written) | {after} |' in page
+    before = re.search(r'([\d.]+) before conversion', text)[1]
+    after = re.search(r'^  refit, 3 steps +([\d.]+)', text, re.M)[1]
+    assert f'| before conversion | {before} |' in page and f'| refit, 3 steps (written) | {after} |' in page
     assert f'python convert.py {tmp_path / "moe"} --output {out} --method refit --refit-steps 3' in page
     units = moe.blocks[1].mlp.experts[0].fc1.out_features
     assert f'| blocks.1.mlp | topk | 4 x {units} → {units} |' in page
     record = config_of(out)['ewa']
     assert record['method'] == 'refit' and record['steps'] == 3 and record['calibration_images'] == 40
-    assert f'refit: 40 images, {35 * 17} tokens a layer, {record["seconds"]:.1f} s' in text
+    assert (f'refit, 3 steps: 40 images, an eighth of them held out, {35 * 17} tokens a layer, '
+            f'{record["seconds"]:.1f} s') in text
     for layer, error in record['error'].items():
         assert re.search(rf'{layer} +{error["fitted"]:.4f} +{error["held_out"]:.4f}\n', text)
         assert f'| {layer} | {error["fitted"]:.4f} | {error["held_out"]:.4f} |' in page
@@ -341,6 +343,22 @@ def test_what_is_recommended():
     scores = {'average': (17.5, 0.), 'top_kg': (22.5, .7), 'aligned': (22.5, .4)}
     assert convert.recommended(scores, gated=True) == 'aligned'
     assert convert.recommended(scores, gated=False) == 'average'  # exact; the others' lead is noise
+
+
+def test_what_the_moe_had_is_not_told_of_the_dense_model(folder, out, tmp_path, capsys):
+    torch.manual_seed(0)
+    moe = scatter(timm.create_model('vit_ewa', router='topk', **TINY))
+    write_folder(moe, tmp_path / 'moe', provenance=dict(epochs=3, loss=0.5, top1=97., top5=99., ema_top1=98.))
+    run_convert(tmp_path / 'moe', '--output', out, '--method', 'svd_kg')
+    record = config_of(out)['ewa']
+    assert record['epochs'] == 3 and record['moe'] == dict(loss=0.5, top1=97., top5=99., ema_top1=98.)
+    assert not {'loss', 'top1', 'top5', 'ema_top1'} & set(record) and 'Top-1' not in (out / 'README.md').read_text()
+    run_convert(tmp_path / 'moe', '--output', out, '--method', 'svd_kg', '--data-dir', folder, '--workers', 0,
+                '--overwrite')
+    record = config_of(out)['ewa']
+    measured = re.search(r'^  svd_kg +([\d.]+)', capsys.readouterr().out, re.M)[1]
+    assert f'{record["top1"]:.2f}' == measured and record['top1_images'] == 40
+    assert f'- Top-1: {measured} % of 40 validation images' in (out / 'README.md').read_text()
 
 
 @pytest.mark.filterwarnings('ignore:.*calibration tokens for')
@@ -400,5 +418,5 @@ def test_all_methods_have_refit_without_and_with_steps():
     assert titles('--method', 'all', '--refit-steps', '7')['refit, 7 steps'] == ('refit', dict(steps=7))
     both = titles('--method', 'all', '--refit-steps', '7', '--refit-joint-steps', '2')
     assert both['refit, 7 and 2 joint steps'] == ('refit', dict(steps=7, joint_steps=2))
-    assert titles('--method', 'refit', '--refit-steps', '7') == dict(refit=('refit', dict(steps=7)))
+    assert titles('--method', 'refit', '--refit-steps', '7') == {'refit, 7 steps': ('refit', dict(steps=7))}
     assert not any('refit' in title for title in titles('--method', 'all', gated=False))

@@ -1,4 +1,5 @@
 import argparse
+import logging
 import random
 import shutil
 import struct
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -22,6 +24,7 @@ from ewa.data import (
     complaint,
     eval_loader,
     open_dataset,
+    preparation,
     seed_all,
     train_loader,
 )
@@ -231,7 +234,7 @@ def test_images_without_class_folders(folder, tmp_path):
     root = copied(folder, tmp_path)
     for path in list((root / 'train').rglob('*.*')):
         path.rename(root / 'train' / path.name)
-    with pytest.raises(ValueError, match='has images of one class only .*into a folder of its own'):
+    with pytest.raises(ValueError, match='has no class folders: put .*into a folder of its own'):
         opened(options('--data-dir', root))
 
 
@@ -319,3 +322,12 @@ def test_a_split_of_which_nothing_can_be_read_is_refused(folder, tmp_path, split
     paths[0].write_bytes(b'')
     with pytest.raises(OSError, match='None of (40|50) images that were tried can be read, .*ankle-boot.*is the first'):
         opened(options('--data-dir', root), split, is_training)
+
+
+@pytest.mark.parametrize('started', [None, 'somewhere'])
+def test_what_timm_knows_of_pretrained_pixels_is_no_news_of_a_model_that_starts_from_nothing(caplog, started):
+    caplog.set_level(logging.WARNING, 'timm')
+    model = timm.create_model('vit_tiny_patch16_224', in_chans=1)
+    args = argparse.Namespace(in_chans=1, img_size=None, mean=None, std=None, crop_pct=None, pretrained_path=started)
+    assert preparation(model, args)['mean'] == (0.5,)
+    assert ('Pretrained mean does not match' in caplog.text) == bool(started)

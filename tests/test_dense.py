@@ -637,6 +637,7 @@ def test_joint_steps_bring_the_outputs_closer_and_change_ffns_alone(tiny):
     plain, trained = [ewa.to_dense(model, 'refit', many_images(), joint_steps=steps) for steps in (0, 120)]
     error = trained.conversion['outputs_error']
     assert error['after'] < .95 * error['before'] and 'outputs_error' not in plain.conversion
+    assert 'joint_steps_in_vain' not in trained.conversion
     held = hold_out(many_images())[1]
     with torch.no_grad():
         pairs = [(trained.eval()(images), model.eval()(images)) for images in held]
@@ -654,7 +655,7 @@ def test_joint_steps_that_do_not_help_are_not_taken(tiny):
     plain, trained = [
         ewa.to_dense(model, 'refit', many_images(200), joint_steps=steps, ridge=1e-8) for steps in (0, 1)]
     error = trained.conversion['outputs_error']
-    assert error['after'] == error['before'] < 1e-3
+    assert error['before'] < 1e-3 and error['before'] < error['after'] and trained.conversion['joint_steps_in_vain']
     assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), trained.state_dict().values()))
 
 

@@ -38,6 +38,14 @@ def test_example_exports_a_vanilla_vit(name, tmp_path):
     model = timm.create_model(f'local-dir:{output}', pretrained=True)
     assert type(model).__module__ == 'timm.models.vision_transformer'
     assert not any('experts' in key for key in model.state_dict())
+    assert (model.pretrained_cfg['mean'], model.pretrained_cfg['std']) == ([0.286], [0.353])
+
+
+def test_examples_look_at_their_output_before_they_train(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / 'examples' / 'plain_loop.py'), '--output', str(tmp_path)], cwd=ROOT,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    assert done.returncode == 2 and 'exists: give another --output' in done.stderr and not done.stdout
 
 
 @pytest.mark.slow

@@ -235,8 +235,8 @@ def test_the_last_lines(book, capsys, tmp_path, weights, has_experts, last):
     state.count(100, 2., 1e13)
     book.conclude(state, has_experts, teacher_top1=70., dense_top1=50.)
     distilled, best, where = capsys.readouterr().out.splitlines()
-    assert distilled == ('Distilled with 100 images, 1 PFLOP, 2 s: top-1 60.00, 50.0 % of the benefit of the teacher '
-                         '(70.00) over a dense model (50.00) kept.')
+    assert distilled == ('Distilled with 100 images, 1 PFLOP, 2 s: top-1 60.00 in the last epoch, 50.0 % of the '
+                         'benefit of the teacher (70.00) over a dense model (50.00) kept.')
     assert best == 'Best top1: 61.23 in epoch 2' + ' (EMA weights)' * (weights == 'EMA') + '.'
     assert where == last.replace('{}', str(tmp_path / 'run'))
 

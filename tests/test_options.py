@@ -82,6 +82,8 @@ def test_mistakes_in_a_file(tmp_path, config, words):
 
 def test_abbreviations_are_unknown():
     assert 'unknown argument --share-ra; the nearest flag is --share-rate' in error_of('--share-ra', '0.1')
+    assert 'unknown argument --learning-rate; the flag is --lr' in error_of('--learning-rate', '0.1')
+    assert '--resume takes no path, got output/demo: it goes on with' in error_of('DIR', '--resume', 'output/demo')
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.yaml')), ids=lambda path: path.name)

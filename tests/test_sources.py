@@ -45,6 +45,8 @@ def test_load(vit, images, tmp_path):
     assert ewa.load(tmp_path / 'out', num_classes=3)(images).shape == (3, 3)
     with pytest.raises(FileNotFoundError, match='is not a model folder: it has no config.json'):
         ewa.load(tmp_path)
+    with pytest.raises(ValueError, match='model.safetensors is a file of a model folder: load .*out.$'):
+        ewa.load(tmp_path / 'out' / 'model.safetensors')
     (tmp_path / 'out' / 'model.safetensors').unlink()
     with pytest.raises(FileNotFoundError, match='it has no model.safetensors'):
         ewa.load(tmp_path / 'out')

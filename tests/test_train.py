@@ -88,13 +88,22 @@ def test_warm_up_per_update_or_per_epoch(go, per_update):
              *['--sched-on-updates'] * per_update)
     lr = scalars(run, 'train/lr')
     slope = (0.002 - 0.0001) / 2
-    if per_update:  # the rate that is logged at update t is that of the next one
-        assert [lr[t] for t in (1, 5, 9)] == pytest.approx([0.0001 + slope * t / 5 for t in (1, 5, 9)], rel=1e-4)
+    # what is logged is the rate that was used, as timm does
+    assert [float(row['lr']) for row in summary(run)] == pytest.approx([lr[t] for t in (5, 10, 15, 20)])
+    if per_update:
+        assert [lr[t] for t in (1, 5, 9)] == pytest.approx([0.0001 + slope * (t - 1) / 5 for t in (1, 5, 9)], rel=1e-4)
         assert lr[11] > lr[12] > lr[19]
     else:
         assert {round(lr[t], 7) for t in range(1, 6)} == {0.0001}
         assert [lr[t] for t in (6, 10)] == pytest.approx([0.0001 + slope] * 2)
         assert len({lr[t] for t in range(11, 16)}) == 1
+
+
+def test_a_learning_rate_that_warm_up_never_reaches_is_named(go, capsys):
+    go('--epochs', 1, '--warmup-epochs', 1, '--lr', 0.002, experiment='short')
+    assert 'learning rate 0.002 (not reached: --warmup-epochs 1).' in capsys.readouterr().out
+    go('--epochs', 2, '--warmup-epochs', 1, '--lr', 0.002, experiment='longer')
+    assert 'learning rate 0.002.' in capsys.readouterr().out
 
 
 def test_clipping_and_layer_decay(go):

@@ -418,6 +418,13 @@ class TestRouters:
         with pytest.raises(ValueError, match='neither shared nor fine-grained experts'):
             ewa.to_moe(tiny(), router=Halved, num_shared=1)
 
+    @pytest.mark.parametrize('given, words', [
+        (dict(top_k=3), "top_k=3 does nothing with router='random'.* router='topk'"),
+        (dict(spread=.5), "spread=0.5 does nothing with form='experts'.* form='mean'")])
+    def test_options_in_vain_are_refused(self, tiny, given, words):
+        with pytest.raises(ValueError, match=words):
+            ewa.to_moe(tiny(), **given)
+
 
 def test_a_converted_model_is_refused(tiny):
     model = ewa.to_moe(tiny())
