@@ -161,7 +161,7 @@ class TestExistingFolder:
 
     def test_is_refused(self, vit, out):
         before = contents(out)
-        with pytest.raises(FileExistsError, match='out exists; give another folder or ask to overwrite'):
+        with pytest.raises(FileExistsError, match='out exists; give another folder, or overwrite=True'):
             ewa.export(vit, out)
         self.check_untouched(out, before)
 
