@@ -217,6 +217,16 @@ def _left_out(reader: Any) -> Tuple[int, str]:
     return len(others), others[0] if others else ''
 
 
+def _reopen(reader: Any) -> None:
+    """Let a process open the tars of a reader itself: the file that it was forked with has one position for all."""
+    if isinstance(reader, ReaderImageInTar):
+        states = [reader.tar_state] if reader.root_is_tar else list(reader.tar_state.values())
+        while states:
+            state = states.pop()
+            state.tf = None
+            states += state.children.values()
+
+
 class ReadableImages(Wrapper):
     """timm's `ImageDataset`, which says what it could not read.
 
@@ -233,10 +243,14 @@ class ReadableImages(Wrapper):
         self.replace = replace
         self.left_out, self.first_left_out = _left_out(dataset.reader)
         self._unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # workers fill it in
+        self._process = os.getpid()
 
     def __getitem__(self, index: int):
         if not 0 <= index < len(self):
             raise IndexError(index)  # ends an iteration
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            _reopen(self.dataset.reader)
         for i in range(index, index + self.tries) if self.replace else (index,):
             i %= len(self)
             try:

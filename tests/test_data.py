@@ -331,3 +331,13 @@ def test_what_timm_knows_of_pretrained_pixels_is_no_news_of_a_model_that_starts_
     args = argparse.Namespace(in_chans=1, img_size=None, mean=None, std=None, crop_pct=None, pretrained_path=started)
     assert preparation(model, args)['mean'] == (0.5,)
     assert ('Pretrained mean does not match' in caplog.text) == bool(started)
+
+
+def test_workers_read_a_tar_each_for_itself():
+    args = options('--data-dir', SAMPLE, '--batch-size', '1', '--workers', '0')
+    images = opened(args, 'train.tar', False)  # which reads some of it, before there are workers
+    expected = [(image.clone(), int(target)) for image, target in eval_loader(images, args, CONFIG)]
+    args.workers = 4
+    for found, wanted in zip(eval_loader(images, args, CONFIG), expected, strict=True):
+        assert int(found[1]) == wanted[1] and torch.equal(found[0], wanted[0])
+    assert not complaint(images)
