@@ -14,67 +14,54 @@ METHODS: Dict[str, Flags] = {
 
 
 def runs(s: Setting) -> Iterator[List[Run]]:
-    """The MoE and a dense model, conversions, and one epoch of distillation from two of them."""
+    """The MoE and its conversions."""
     data, work = s.work / f'{s.name}-real', s.work / s.study('real')
     for split, count in PER_CLASS.items():
         classes = len(classes_of(s.data / f'{split}.tar'))
         subset(s.data / f'{split}.tar', count * classes, data / f'{split}.tar')
-    common = {key: s.flags[key] for key in (
+    tuned = {key: s.flags[key] for key in (
         'train-split', 'val-split', 'crop-pct', 'no-aug', 'smoothing', 'workers', 'weight-decay', 'sched-on-updates',
         'checkpoint-hist', 'log-interval', 'opt-kwargs')}
-    common.update({
-        'data-dir': str(data), 'img-size': 112, 'batch-size': 32, 'validation-batch-size': 100, 'val-interval': 4})
-    tuned = dict(common, **{
+    tuned.update({
+        'data-dir': str(data), 'img-size': 112, 'batch-size': 32, 'validation-batch-size': 100, 'val-interval': 4,
         'model': ARCHITECTURE, 'pretrained-path': str(work / 'weights'), 'epochs': 4, 'warmup-epochs': 1, 'lr': 3e-4,
         'layer-decay': 0.75})
     seed = 0
-
-    def fine_tuned(kind: str, flags: Flags) -> List[Run]:
-        return [Run(f'{kind}-{seed}', dict(tuned, seed=seed, **flags), dict(kind=kind, seed=seed))]
-
-    yield fine_tuned('moe', GATED)
+    yield [Run(f'moe-{seed}', dict(tuned, seed=seed, **GATED), dict(kind='moe', seed=seed))]
     source = str(work / f'moe-{seed}' / 'last')
     folders = {method: f'{method.replace(", ", "-").replace(" ", "-")}-{seed}' for method in METHODS}
     yield [Run(folders[method],
                dict(s.converting(), **{'data-dir': str(data), 'batch-size': 32, 'calibration-images': 512}, **flags),
                dict(kind='gathered', method=method, seed=seed), 'convert', source)
            for method, flags in METHODS.items()]
-    yield fine_tuned('dense', {})
-    yield [Run(f'distil-{folders[method]}', dict(common, **{
-        'model': f'local-dir:{work / folders[method]}', 'epochs': 1, 'warmup-epochs': 0, 'lr': 1e-4, 'seed': seed,
-        'layer-decay': 0.75, 'teacher': f'local-dir:{source}', 'kd-temperature': 2.0, 'task-loss-weight': 0.5}),
-        dict(kind='distilled', method=method, seed=seed)) for method in ('refit, 300 steps', 'aligned')]
 
 
 def tables(lines: Lines, name: str) -> str:
-    """Top-1 right after each conversion and after distillation, and what conversion took."""
+    """Top-1 right after each conversion, and what it took."""
     teacher, = (line['test']['top1'] for line in select(lines, kind='moe'))
-    rows = [['the MoE', f'{teacher:.1f}', '', '', ''],
-            *(['dense model', f'{line["test"]["top1"]:.1f}', '', '', ''] for line in select(lines, kind='dense'))]
+    rows = [['the MoE', f'{teacher:.1f}', '', '']]
     for line in select(lines, kind='gathered'):
         method, top1 = line['labels']['method'], line['test']['top1']
         rows.append([
             method, f'{top1:.1f}', f'{100 * top1 / teacher:.0f} %',
-            ' '.join(f'{after["test"]["top1"]:.1f}' for after in select(lines, kind='distilled', method=method)),
             f'{line["conversion"]["seconds"]:.0f}' if 'seconds' in line['conversion'] else ''])
-    header = ('model', 'test top-1', "of the MoE's", 'distilled, one epoch', 'conversion, s')
+    header = ('model', 'test top-1', "of the MoE's", 'conversion, s')
     return '\n'.join([table(header, rows), '', provenance(lines, 'One seed.')])
 
 
 STUDY = Study(
     question='A MoE of real size: what does each conversion keep of it, and how long does refit take?',
-    cost='11 runs, 1 hour, on glyphs',
+    cost='8 runs, 1 to 3 hours, on glyphs',
     runs=runs,
     tables=tables,
     setup="""
 DINOv2's ViT-S/14 (`experiments/pretrained.py` makes its folder, `WORK/real-SET/weights`) at 112 pixels, 65 tokens; the
 MoE has 8 experts, 2 a token, in every second block, that start as copies, and is fine-tuned for 4 epochs on the first
-10 images of each class, with layer decay 0.75 and learning rate 0.0003 (not tuned); the dense model with the same
-flags. Conversions see 512 of these images, without labels. Distillation: one epoch on them, temperature 2, label and KL
-terms weighted half each, learning rate 0.0001. Four test images of each class.
+10 images of each class, with layer decay 0.75 and learning rate 0.0003 (not tuned). Conversions see 512 of these
+images, without labels. Four test images of each class.
 """,
     notes=dict(glyphs=Notes(title='glyphs', setup="""
-The dense model and the distillations were not run. Seconds were taken beside other work.
+Seconds were taken beside other work. No dense model was fine-tuned beside it, and nothing distilled.
 """, reading="""
 Refit without steps keeps all of it, and its steps add nothing. The experts started as copies and were fine-tuned for
 four epochs, so averages keep 95 % too; a single expert keeps 70 %, and both gatherings of OneS that take parts of each
