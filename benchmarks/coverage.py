@@ -164,6 +164,7 @@ def smallest(names: Sequence[Name]) -> Name:
 
 def shorten(reason: str) -> str:
     """The part of a refusal that holds for a whole family, numbers of layers aside."""
+    reason = re.sub(r' Take a ViT, .*$', '', reason)  # the way out, which is this page
     reason = re.sub(r'^\w+ has no FFN to convert:? ?', '', reason).rstrip('.')
     return re.sub(r'\.\d+', '.N', re.sub(r'stages?\d|layer\d|(?<=\bs)\d|(?<=\bb)\d', 'N', reason)) or 'no FFN'
 
