@@ -399,13 +399,14 @@ def introduction(run: Run, accelerator: Accelerator) -> str:
     rate = f'share rate {args.share_rate:g}' if args.share_rate is not None else 'share rate by a policy'
     experts = f'{len(pulled(moe[0]))} experts in {len(moe)} FFNs, {rate}' if moe else 'dense'
     sets: List[Any] = [run.train_batches.dataset, run.val_batches.dataset]
+    reached = args.epochs > args.warmup_epochs or args.warmup_prefix
     counts = ['?' if isinstance(images, IterableDataset) else len(images) for images in sets]
     return (
         f'{args.model}: {sum(p.numel() for p in run.plain_model.parameters()) / 1e6:.2f} M parameters, {experts}. '
         f'{counts[0]} training and {counts[1]} validation images of {args.num_classes} classes. '
         f'{accelerator.num_processes} x {device_name}{", sharded" * accelerator.is_fsdp2}, {run.epochs} epochs of '
         f'{run.length.updates} updates, learning rate {args.lr:.3g}'
-        + f' (not reached: --warmup-epochs {args.warmup_epochs})' * (args.epochs <= args.warmup_epochs) + '.')
+        + f' (not reached: --warmup-epochs {args.warmup_epochs})' * (not reached) + '.')
 
 
 def clip_gradients(run: Run, accelerator: Accelerator) -> None:

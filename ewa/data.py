@@ -278,6 +278,7 @@ class ReadableImages(Wrapper):
         for i in range(count):
             with suppress(OSError):
                 if self[i * len(self) // count][1] != UNREADABLE:
+                    _reopen(self.dataset.reader)  # workers that are not forked are sent no open file
                     return
         raise OSError(f'None of {count} images that were tried can be read, {self.dataset.filename(0)} is the first.')
 

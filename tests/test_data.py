@@ -1,5 +1,6 @@
 import argparse
 import logging
+import pickle
 import random
 import shutil
 import struct
@@ -336,6 +337,7 @@ def test_what_timm_knows_of_pretrained_pixels_is_no_news_of_a_model_that_starts_
 def test_workers_read_a_tar_each_for_itself():
     args = options('--data-dir', SAMPLE, '--batch-size', '1', '--workers', '0')
     images = opened(args, 'train.tar', False)  # which reads some of it, before there are workers
+    assert len(pickle.loads(pickle.dumps(images))) == len(images)  # as workers that are not forked get it
     expected = [(image.clone(), int(target)) for image, target in eval_loader(images, args, CONFIG)]
     args.workers = 4
     for found, wanted in zip(eval_loader(images, args, CONFIG), expected, strict=True):

@@ -102,6 +102,8 @@ def test_warm_up_per_update_or_per_epoch(go, per_update):
 def test_a_learning_rate_that_warm_up_never_reaches_is_named(go, capsys):
     go('--epochs', 1, '--warmup-epochs', 1, '--lr', 0.002, experiment='short')
     assert 'learning rate 0.002 (not reached: --warmup-epochs 1).' in capsys.readouterr().out
+    go('--epochs', 1, '--warmup-epochs', 1, '--warmup-prefix', '--lr', 0.002, experiment='prefix')
+    assert 'learning rate 0.002.' in capsys.readouterr().out
     go('--epochs', 2, '--warmup-epochs', 1, '--lr', 0.002, experiment='longer')
     assert 'learning rate 0.002.' in capsys.readouterr().out
 
