@@ -2,9 +2,11 @@
 
 Axis legend: `T` tokens, `D` width, `E` experts, `k` experts a token is sent to.
 """
+from collections import defaultdict
 from contextlib import suppress
 from functools import partial
-from typing import Dict, Iterable, List, Sequence, Tuple
+from itertools import product
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -218,43 +220,115 @@ def sensitivities(model: nn.Module, batches: Iterable[Tensor]) -> Dict[str, List
     return result
 
 
-def layer_tokens(
-        model: nn.Module,
-        layer: MoELayer,
-        batches: Sequence[Tensor],
-        index: Tensor,
-) -> Tuple[Tensor, Tensor]:
-    """Inputs and outputs of a MoE layer, (n, D), for some of its tokens. Each forward pass ends behind the layer.
+class Stream(NamedTuple):
+    """A place behind a MoE layer at which the residual stream that it adds to can be read.
 
     Args:
-        model: The model that calls the layer.
-        layer: The layer.
-        batches: Images.
-        index: The tokens, ascending, counted over all batches, (n,).
+        module: Name of the module whose output it is.
+        scale: With which the layer's output is added, (D,), of ones without layer scale.
+        images: Whether it comes as `(B, D, height, width)`.
+    """
+    module: str
+    scale: Tensor
+    images: bool
+
+
+@torch.no_grad()
+def residual_stream(model: nn.Module, name: str, images: Tensor) -> Optional[Stream]:
+    """The output of the outermost module around a MoE layer that is the residual stream behind it.
+
+    It has a token for each of the layer's, and changes by `scale * d` when these change by `d`, channel by channel: a
+    block without a norm behind its FFN. Found by adding random numbers (of a generator of their own) to what the layer
+    computes. None where no module that is called once is like that.
+
+    Args:
+        model: A MoE model in `eval()`.
+        name: Of the layer.
+        images: A few.
+    """
+    layer = model.get_submodule(name)
+    parts = name.split('.')
+    around = ['.'.join(parts[:depth]) for depth in range(len(parts))]  # the model itself first
+
+    def run(size: float) -> Tuple[Tensor, Dict[Tuple[str, bool], List[Tensor]]]:
+        tokens: List[Tensor] = []
+        streams: Dict[Tuple[str, bool], List[Tensor]] = defaultdict(list)
+
+        def keep(module: nn.Module, args: Tuple, output, key: str) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            for form in (False, True):
+                if isinstance(output, Tensor) and output.dim() >= 2 + 2 * form:
+                    streams[key, form].append(to_tokens(output.double(), form))
+
+        def change(module: nn.Module, args: Tuple[Tensor, ...], output: Tensor) -> Tensor:
+            noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+            output = output + size * output.square().mean().sqrt() * noise
+            tokens.append(to_tokens(output.double(), takes_images(layer.experts[0])))
+            return output
+
+        handles = [model.get_submodule(key).register_forward_hook(partial(keep, key=key)) for key in around]
+        handles.append(layer.register_forward_hook(change))
+        try:
+            model(images.to(next(model.parameters()).device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return tokens[0], streams
+
+    (tokens, before), (changed, after) = run(0.), run(1.)
+    added = changed - tokens
+    for key, form in product(around, (False, True)):
+        if [x.shape for x in before[key, form]] == [added.shape] and len(added) > 1:
+            change = after[key, form][0] - before[key, form][0]
+            scale = (change * added).sum(0) / added.square().sum(0).clamp(min=1e-30)
+            if (change - scale * added).norm() < 1e-2 * change.norm():
+                return Stream(key, scale, form)
+    return None
+
+
+class Tap(NamedTuple):
+    """A place in a model at which tokens are read.
+
+    Args:
+        module: Whose inputs or outputs they are.
+        images: Whether they come as `(B, D, height, width)`.
+        tokens: Those to keep, ascending, counted over all batches, (n,).
+        inputs: Whether its inputs are meant.
+    """
+    module: nn.Module
+    images: bool
+    tokens: Tensor
+    inputs: bool = False
+
+
+def read_tokens(model: nn.Module, taps: Sequence[Tap], batches: Sequence[Tensor]) -> List[Tensor]:
+    """Some of the tokens at some places of a model, (n, D) for each; each forward pass ends behind the last of them.
 
     Raises:
         ValueError: Tokens that are not finite.
     """
     device = next(model.parameters()).device
-    kept: List[Tuple[Tensor, Tensor]] = []
-    start = 0
+    kept: List[List[Tensor]] = [[] for _ in taps]
+    starts = [0] * len(taps)
 
-    def keep(module: nn.Module, args: Tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal start
-        inputs, outputs = (to_tokens(t, takes_images(layer.experts[0])) for t in (args[0], output))
-        here = index[(index >= start) & (index < start + len(inputs))] - start
-        kept.append((inputs[here], outputs[here]))
-        start += len(inputs)
-        raise _Reached
+    def keep(module: nn.Module, args: Tuple, output, number: int) -> None:
+        tap = taps[number]
+        x = to_tokens(args[0] if tap.inputs else output[0] if isinstance(output, tuple) else output, tap.images)
+        start, starts[number] = starts[number], starts[number] + len(x)
+        kept[number].append(x[tap.tokens[(tap.tokens >= start) & (tap.tokens < starts[number])] - start])
+        if len({len(parts) for parts in kept}) == 1:
+            raise _Reached
 
-    handle = layer.register_forward_hook(keep)
+    handles = [
+        tap.module.register_forward_hook(partial(keep, number=number)) for number, tap in enumerate(taps)]
     try:
         for batch in batches:
             with suppress(_Reached):
                 model(batch.to(device))
     finally:
-        handle.remove()
-    inputs, outputs = (torch.cat(parts) for parts in zip(*kept))
-    if not (inputs.isfinite().all() and outputs.isfinite().all()):
+        for handle in handles:
+            handle.remove()
+    result = [torch.cat(parts) for parts in kept]
+    if not all(values.isfinite().all() for values in result):
         raise ValueError('the calibration images give tokens that are not finite; look for broken images among them.')
-    return inputs, outputs
+    return result

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 
 from . import gathering, refit
 from .averaging import never_used
-from .calibration import call_order, hold_out, layer_tokens, measure_statistics, sensitivities
+from .calibration import (
+    Stream,
+    Tap,
+    call_order,
+    hold_out,
+    measure_statistics,
+    read_tokens,
+    residual_stream,
+    sensitivities,
+)
 from .ffn import build_ffn, hidden_activations, is_ffn, read_ffn
 from .foreign import foreign
 from .gathering import METHODS, ExpertStatistics, FFNWeights, Method
@@ -40,6 +49,7 @@ from .moe import (
     renormalises,
     route,
     shared_experts,
+    takes_images,
 )
 from .upcycle import ARGUMENTS
 
@@ -239,10 +249,11 @@ def refit_layers(
 ) -> Tuple[Dict[str, nn.Module], Dict[str, Any]]:
     """One FFN for each gated layer by `ewa.refit`, in the order in which the model calls them.
 
-    A layer is fed by the model in which those before it are converted already, and what it computes there is what its
-    FFN is fitted to: errors are seen and made up for. Tokens are weighted by how much the outputs of the MoE model move
-    with them. Of the images, which are kept, seven eighths are fitted to and the others measured on; of the tokens of a
-    layer about 32,768, or ten for each unknown of an output, drawn in proportion to their weights.
+    A layer is fed by the model in which those before it are converted already. Its FFN is fitted to what it computes
+    there, and to what brings the residual stream half the way back to that of the MoE model (`ewa.refit.toward`), where
+    that can be read (`ewa.calibration.residual_stream`). Tokens are weighted by how much the outputs of the MoE model
+    move with them. Of the images, which are kept, seven eighths are fitted to and the others measured on; of the tokens
+    of a layer about 32,768, or ten for each unknown of an output, drawn in proportion to their weights.
 
     Args:
         model, batches, k: See `to_dense`.
@@ -253,10 +264,11 @@ def refit_layers(
 
     Returns:
         FFN of each layer; and what is to be told: `calibration_images`, `calibration_tokens` (of a layer, fitted to),
-        `error` (layer to `fitted` and `held_out`: `sqrt(E w|y' - y|^2 / E w|y|^2)` for its output `y`, the FFN's `y'`
-        before joint steps and the weight `w` of the token; no `held_out` of a single image), `steps_in_vain` (layers
-        that are without steps, since these brought them no closer), `outputs_error` (of the model, `before` and
-        `after` joint steps), `joint_steps_in_vain` (True where they brought it no closer and are left out), `seconds`.
+        `error` (layer to `fitted` and `held_out`: `sqrt(E w|y' - y|^2 / E w|y|^2)` for its target `y`, the FFN's
+        output `y'` before joint steps and the weight `w` of the token; no `held_out` of a single image),
+        `steps_in_vain` (layers that are without steps, since these brought them no closer), `outputs_error` (of the
+        model, `before` and `after` joint steps), `joint_steps_in_vain` (True where they brought it no closer and are
+        left out), `seconds`.
 
     Raises:
         ValueError: See `to_dense`; the message names the layer.
@@ -272,19 +284,30 @@ def refit_layers(
     tokens = 0
     with evaluating(model):
         order = call_order(model, fitted[0][:1])
-        known = [sensitivities(model, part) for part in (fitted, held) if part]
+        parts = [part for part in (fitted, held) if part]
+        known = [sensitivities(model, part) for part in parts]
+        hidden: Dict[str, int] = {}
+        drawn: Dict[str, List[Tuple[Tensor, Tensor]]] = {}
+        for name in order:
+            try:
+                hidden[name] = _dense_hidden(layers[name], k)
+                limit = max(32768, 10 * (hidden[name] + 1))
+                drawn[name] = [refit.draw(refit.token_weights(torch.cat(of_layer[name])), limit) for of_layer in known]
+            except ValueError as e:
+                raise ValueError(f'{name}: {e}') from e
+        places = {name: residual_stream(model, name, fitted[0][:2]) for name in order[1:]}  # as it was before the first
+        streams = [_streams(model, places, part, {name: draws[n][0] for name, draws in drawn.items()})
+                   for n, part in enumerate(parts)]
         for name in order:
             layer = layers[name]
             partly = deepcopy(model, {  # with the same tensors
                 **{id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]},
                 **{id(other): ffns.get(key, other) for key, other in layers.items()}})
+            problem = partial(_problem, partly, layer, places.get(name))
+            (index, weights), *others = drawn[name]
             try:
-                hidden = _dense_hidden(layer, k)
-                limit = max(32768, 10 * (hidden + 1))
-                (index, weights), *others = [
-                    refit.draw(refit.token_weights(torch.cat(of_layer[name])), limit) for of_layer in known]
-                inputs, targets = layer_tokens(partly, layer, fitted, index)
-                ffn = _refit_layer(layer, inputs, targets, weights, hidden, ridge)
+                inputs, targets = problem(fitted, index, streams[0].pop(name, None))
+                ffn = _refit_layer(layer, inputs, targets, weights, hidden[name], ridge)
             except ValueError as e:
                 raise ValueError(f'{name}: {e}') from e
             error = refit.relative_error(on_tokens(ffn)(inputs), targets, weights)
@@ -301,7 +324,7 @@ def refit_layers(
             errors[name] = dict(fitted=error)
             tokens = max(tokens, len(inputs))
             for index, weights in others:
-                inputs, targets = layer_tokens(partly, layer, held, index)
+                inputs, targets = problem(held, index, streams[1].pop(name, None))
                 errors[name]['held_out'] = refit.relative_error(on_tokens(ffn)(inputs), targets, weights)
             ffns[name] = ffn
         if joint_steps:
@@ -314,6 +337,37 @@ def refit_layers(
         calibration_images=sum(map(len, fitted)) + sum(map(len, held)), calibration_tokens=tokens, error=errors,
         seconds=round(time.perf_counter() - started, 1))
     return ffns, record
+
+
+def _streams(
+        model: nn.Module,
+        places: Dict[str, Optional[Stream]],
+        batches: Sequence[Tensor],
+        drawn: Dict[str, Tensor],
+) -> Dict[str, Tensor]:
+    """The residual stream of the MoE model behind its layers, where it can be read, (n, D) for the tokens of each."""
+    taps = {name: Tap(model.get_submodule(place.module), place.images, drawn[name])
+            for name, place in places.items() if place is not None}
+    return dict(zip(taps, read_tokens(model, list(taps.values()), batches))) if taps else {}
+
+
+def _problem(
+        partly: nn.Module,
+        layer: MoELayer,
+        place: Optional[Stream],
+        batches: Sequence[Tensor],
+        index: Tensor,
+        wanted: Optional[Tensor],
+) -> Tuple[Tensor, Tensor]:
+    """Inputs and targets (n, D) of the FFN of a layer in a model that is partly converted."""
+    images = takes_images(layer.experts[0])
+    taps = [Tap(layer, images, index, inputs=True), Tap(layer, images, index)]
+    if place is None or wanted is None:
+        inputs, outputs = read_tokens(partly, taps, batches)
+        return inputs, outputs
+    inputs, outputs, stream = read_tokens(
+        partly, [*taps, Tap(partly.get_submodule(place.module), place.images, index)], batches)
+    return inputs, refit.toward(outputs, stream, wanted, place.scale)
 
 
 def _fit_jointly(

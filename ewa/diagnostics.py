@@ -218,7 +218,7 @@ def usage_figure(records: Sequence[Mapping[str, Any]], width: float = 3.4):
 
 
 def error_figure(errors: Mapping[str, Mapping[str, Mapping[str, float]]], width: float = 3.4):
-    """What fitting left of each layer's output, on the images it was fitted to and on others, as a matplotlib figure.
+    """What fitting left of each layer's target, on the images it was fitted to and on others, as a matplotlib figure.
 
     Args:
         errors: By method and layer, `fitted` and perhaps `held_out` relative errors, as in the `conversion` of a model.

@@ -2,13 +2,15 @@
 
 Axis legend: `T` tokens, `D` width, `C` candidates (hidden units of all experts), `H` hidden units that are kept.
 
-With `a_t` (C,) the activations of the candidates on calibration token `t`, `y_t` (D,) the layer's output and `w_t` the
-weight of the token, of mean 1, find `H` candidates `S` and
+With `a_t` (C,) the activations of the candidates on calibration token `t`, `y_t` (D,) its target and `w_t` its weight
+(of mean 1), find `H` candidates `S` and
 
     min_{S, W, b}  mean_t w_t |W a_tS + b - y_t|^2 + l |W|^2,      l = ridge * mean over candidates of the variance of a
 
 greedily in `S`, exactly in `W` and `b`. Only means over tokens are needed, of `A`, `Y`, `A^T A` and `A^T Y` with their
 rows weighted: they are accumulated over chunks of tokens, in float64. Pure tensor functions; labels are never seen.
+
+`y` is what the MoE layer computes, and what brings the residual stream back to that of the MoE model (`toward`).
 
 What a change `d` of the output at a token does to the model's outputs is `J_t d` to first order, so tokens are weighted
 by `|J_t|^2`, estimated by one random projection `|J_t^T r|^2`, `r ~ N(0, I)` (`token_weights`).
@@ -216,7 +218,7 @@ def choose_and_solve(
     Args:
         activations: Of the candidates, (t, D) -> (t, C).
         count: `C`.
-        inputs, targets: What the layer is given and what it makes of it, (T, D).
+        inputs, targets: What the layer is given and what the FFN is to make of it, (T, D).
         weights: Of the tokens, (T,).
         hidden: `H`.
         ridge: Relative to the mean of the diagonal.
@@ -404,6 +406,23 @@ def draw(weights: Tensor, limit: int) -> Tuple[Tensor, Tensor]:
     uniform = torch.rand(len(weights), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     index = (uniform < probability).nonzero()[:, 0]
     return index.to(weights.device), weights[index.to(weights.device)] / probability[index].to(weights)
+
+
+def toward(outputs: Tensor, stream: Tensor, wanted: Tensor, scale: Tensor) -> Tensor:
+    """Targets `y + c` that bring the residual stream half the way back to that of the MoE model.
+
+    A layer whose output `y` is added to the stream with a scale `s` (D,), `z = x + s * y`, could make up for what the
+    layers before it did to the stream: of `c` with `s c = wanted - z`, a half. Channels in which the scale is small
+    would need a large `c`, so it is `min_c |s c - (wanted - z)|^2 + mean(s^2) |c|^2`: a half at equal scales.
+
+    Args:
+        outputs: `y`, (T, D).
+        stream: `z`, behind the layer, of the model converted so far, (T, D).
+        wanted: The same of the MoE model, (T, D).
+        scale: `s`, (D,).
+    """
+    change = (wanted.double() - stream.double()) * scale / (scale.square() + scale.square().mean().clamp(min=1e-30))
+    return outputs + change.to(outputs.dtype)
 
 
 @torch.no_grad()

@@ -1,13 +1,14 @@
 from copy import deepcopy
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 import ewa
 import reference
 from ewa import calibration
-from ewa.calibration import layer_tokens, measure_statistics, sensitivities
+from ewa.calibration import Tap, measure_statistics, read_tokens, residual_stream, sensitivities
 from ewa.moe import moe_layers
 from gated import GLU, foreign, gated, hide, scatter, sequences
 
@@ -177,11 +178,90 @@ def test_outputs_that_are_no_tensor_have_no_sensitivities():
         sensitivities(model, sequences())
 
 
-def test_tokens_of_a_layer_are_counted_over_batches(tiny, images):
+def test_tokens_are_counted_over_batches_at_each_place(tiny, images):
     model = gated(tiny())
     layer, index = model.blocks[1].mlp, torch.tensor([0, 5, 16, 17, 33])
-    inputs, outputs = layer_tokens(model, layer, [images[:1], images[1:]], index)
-    expected = reference.inputs_of(model, layer, [images])[index]
-    torch.testing.assert_close(inputs, expected)
-    torch.testing.assert_close(outputs, layer(expected))
-    assert not layer._forward_hooks
+    for block, other in ((model.blocks[1], index), (model.blocks[2], index[1:4])):
+        kept = []
+        handle = block.register_forward_hook(lambda module, args, output: kept.append(output.flatten(0, 1)))
+        model(images)
+        handle.remove()
+        taps = [Tap(block, False, other), Tap(layer, False, index), Tap(layer, False, index, inputs=True)]
+        stream, outputs, inputs = read_tokens(model, taps, [images[:1], images[1:]])
+        expected = reference.inputs_of(model, layer, [images])[index]
+        torch.testing.assert_close(inputs, expected)
+        torch.testing.assert_close(outputs, layer(expected))
+        torch.testing.assert_close(stream, kept[0][other])
+        assert not layer._forward_hooks and not block._forward_hooks
+
+
+def test_a_forward_pass_ends_behind_the_last_place(tiny, images):
+    model = gated(tiny())
+    calls = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *args: calls.append(1))
+    read_tokens(model, [Tap(model.blocks[1].mlp, False, torch.tensor([0])), Tap(
+        model.blocks[2].norm1, False, torch.tensor([0]))], [images[:1], images[1:]])
+    assert len(calls) == 4
+
+
+def test_the_stream_is_read_behind_the_outermost_sum(tiny, images):
+    model = gated(tiny(), layers='all')
+    for number, block in enumerate(['blocks.0', 'blocks.1', 'blocks.2', 'blocks']):
+        name, scale, form = residual_stream(model, f'blocks.{number}.mlp', images)
+        assert name == block and not form
+        torch.testing.assert_close(scale, torch.ones(32).double(), rtol=1e-3, atol=0)
+
+
+def test_layer_scale_is_read_from_the_stream(tiny, images):
+    model = gated(tiny(init_values=1.), layers=[1])
+    with torch.no_grad():
+        model.blocks[1].ls2.gamma.copy_(torch.linspace(-1, 2, 32))
+    name, scale, _ = residual_stream(model, 'blocks.1.mlp', images)
+    assert name == 'blocks.1'
+    torch.testing.assert_close(scale, torch.linspace(-1, 2, 32).double(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_stream_of_a_block_that_returns_a_tuple_with_its_tokens_in_another_shape(tiny, images):
+    class Block(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x, **kwargs):
+            y = self.block.mlp(self.block.norm2(x))
+            return (x + y)[:, None], y
+
+    class Sum(nn.Module):
+        def forward(self, x):
+            return x[0][:, 0]
+
+    model = gated(tiny(), layers=[1])
+    model.blocks[1] = Block(model.blocks[1])
+    model.blocks.insert(2, Sum())
+    place = residual_stream(model, 'blocks.1.block.mlp', images)
+    assert place.module == 'blocks.1'
+    index = torch.tensor([3, 20])
+    expected = model.blocks[:2](model._pos_embed(model.patch_embed(images)))[0].reshape(-1, 32)[index]
+    stream, = read_tokens(model, [Tap(model.blocks[1], place.images, index)], [images])
+    torch.testing.assert_close(stream, expected)
+
+
+@pytest.mark.parametrize('conv_mlp', [False, True])
+def test_the_stream_of_images(images, conv_mlp):
+    model = gated(timm.create_model(
+        'convnext_tiny', depths=(1, 2, 2, 2), dims=(8, 8, 16, 16), num_classes=10, conv_mlp=conv_mlp))
+    for name, _ in moe_layers(model):
+        block = model.get_submodule(name.rpartition('.')[0])
+        place = residual_stream(model, name, images)
+        assert place.images
+        torch.testing.assert_close(place.scale, block.gamma.double(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('swinv2_tiny_window16_256', dict(window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2))),
+    ('vit_tiny_patch16_224', dict(
+        patch_size=8, embed_dim=32, num_heads=2, depth=2, block_fn=timm.models.vision_transformer.ResPostBlock))])
+def test_behind_a_norm_there_is_no_stream(images, name, kwargs):
+    model = gated(timm.create_model(name, img_size=32, **kwargs))
+    assert all(residual_stream(model, name, images) is None for name, _ in moe_layers(model))

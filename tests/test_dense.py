@@ -575,6 +575,7 @@ def test_refit_is_closer_to_the_layers_than_every_gathering(tiny, name, host, kw
 @pytest.mark.filterwarnings('ignore:.*calibration tokens for')
 def test_refit_sees_the_errors_of_the_layers_before(tiny):
     model = gated(tiny())
+    model.norm = nn.Identity()
     batches = many_images()
     vit = ewa.to_dense(model, 'refit', batches).eval()
     _, held = hold_out(batches)
@@ -582,11 +583,28 @@ def test_refit_sees_the_errors_of_the_layers_before(tiny):
     partly = deepcopy(model)
     partly.blocks[1].mlp = vit.blocks[1].mlp
     tokens = reference.inputs_of(partly, partly.blocks[3].mlp, held)
+    own, wanted = (torch.cat([m.forward_features(batch) for batch in held]) for m in (partly, model))
     outputs = model.blocks[3].mlp(tokens)
+    outputs = outputs + (wanted - own).flatten(0, 1) / 2  # no norm behind the last block
     changes = (vit.blocks[3].mlp(tokens) - outputs).square().sum(1)
     weights = refit.token_weights(torch.cat(sensitivities(model, held)['blocks.3.mlp']))
     error = float((weights @ changes.double() / (weights @ outputs.square().sum(1).double())).detach().sqrt())
     assert vit.conversion['error']['blocks.3.mlp']['held_out'] == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.filterwarnings('ignore:.*calibration tokens for')
+@pytest.mark.parametrize('name, host', [
+    ('vit_tiny_patch16_224', {}), ('vit_tiny_patch16_224', dict(init_values=.5)),
+    ('swin_tiny_patch4_window7_224', SWIN)])
+def test_refit_brings_the_stream_back_to_that_of_the_model(tiny, monkeypatch, name, host):
+    model = gated(tiny(name, **host), layers='all')
+    batches = many_images(200)
+    closer, own = [], torch.cat([model.forward_features(images) for images in batches])
+    for toward in (refit.toward, lambda outputs, *args: outputs):
+        monkeypatch.setattr(refit, 'toward', toward)
+        vit = ewa.to_dense(model, 'refit', batches).eval()
+        closer.append((torch.cat([vit.forward_features(images) for images in batches]) - own).norm())
+    assert closer[0] < .97 * closer[1]
 
 
 @pytest.mark.filterwarnings('ignore:.*calibration tokens for')

@@ -80,6 +80,24 @@ def test_a_weight_counts_a_token_so_many_times(bias):
         torch.testing.assert_close(a, b)
 
 
+def test_targets_are_the_least_squares_between_the_stream_and_the_output():
+    outputs, stream, wanted = torch.randn(3, 5, 4).double()
+    scale = torch.randn(4).double()
+    expected = outputs + reference.correction(wanted - stream, scale)
+    torch.testing.assert_close(refit.toward(outputs, stream, wanted, scale), expected)
+
+
+def test_targets_bring_the_stream_half_the_way_where_all_channels_count_alike():
+    outputs, own, wanted = torch.randn(3, 5, 4)
+    for scale in (torch.ones(4), -3 * torch.ones(4)):
+        target = refit.toward(outputs, own + scale * outputs, wanted, scale)
+        torch.testing.assert_close(own + scale * target, (wanted + own + scale * outputs) / 2)
+    scale = torch.tensor([1., 0., 1e-6, 1.])
+    moved = refit.toward(outputs, own, wanted, scale) - outputs
+    assert (moved[:, 1] == 0).all() and moved[:, 2].abs().max() < 1e-4
+    assert torch.equal(refit.toward(outputs, own, wanted, torch.zeros(4)), outputs)
+
+
 def test_token_weights_have_mean_one_and_a_floor():
     torch.testing.assert_close(
         refit.token_weights(torch.tensor([0., 0., 0., 4.])), torch.tensor([.1, .1, .1, 3.7]).double())
