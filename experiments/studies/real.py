@@ -61,7 +61,8 @@ MoE has 8 experts, 2 a token, in every second block, that start as copies, and i
 images, without labels. Four test images of each class.
 """,
     notes=dict(glyphs=Notes(title='glyphs', setup="""
-Seconds were taken beside other work. No dense model was fine-tuned beside it, and nothing distilled.
+Seconds were taken beside other work. No dense model was fine-tuned beside it, and nothing distilled. Refit was fitted
+to the layers' own outputs, as it was then.
 """, reading="""
 Refit without steps keeps all of it, and its steps add nothing. The experts started as copies and were fine-tuned for
 four epochs, so averages keep 95 % too; a single expert keeps 70 %, and both gatherings of OneS that take parts of each
