@@ -328,7 +328,7 @@ def read_tokens(model: nn.Module, taps: Sequence[Tap], batches: Sequence[Tensor]
     finally:
         for handle in handles:
             handle.remove()
-    result = [torch.cat(parts) for parts in kept]
+    result = [torch.cat(kept.pop(0)) for _ in taps]  # one after the other, so that parts and whole are not both there
     if not all(values.isfinite().all() for values in result):
         raise ValueError('the calibration images give tokens that are not finite; look for broken images among them.')
     return result

@@ -421,8 +421,10 @@ def toward(outputs: Tensor, stream: Tensor, wanted: Tensor, scale: Tensor) -> Te
         wanted: The same of the MoE model, (T, D).
         scale: `s`, (D,).
     """
-    change = (wanted.double() - stream.double()) * scale / (scale.square() + scale.square().mean().clamp(min=1e-30))
-    return outputs + change.to(outputs.dtype)
+    damped = scale.square() + scale.square().mean().clamp(min=1e-30)
+    return torch.cat([  # no copies of everything in float64
+        y + ((w.double() - z.double()) * scale / damped).to(y.dtype)
+        for y, z, w in zip(*(tensor.split(_CHUNK) for tensor in (outputs, stream, wanted)))])
 
 
 @torch.no_grad()
