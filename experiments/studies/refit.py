@@ -257,6 +257,6 @@ rate, was chosen on validation images of `wide`, seed 0.
 - More images than 512 bring up to 1.5 points, 5,000 for joint steps 0.0 to 0.4 (seed 2); 3,000 steps instead of 1,000
   one to 2.5 at width 16, nothing at 32.
 - After four epochs the start no longer matters.
-- Teachers of these seeds are those of `gathering` on narrow FFNs, to the bit.
+- The MoEs with narrow FFNs are those of `gathering`, to the bit.
 """),
     ))
