@@ -265,3 +265,17 @@ def test_the_stream_of_images(images, conv_mlp):
 def test_behind_a_norm_there_is_no_stream(images, name, kwargs):
     model = gated(timm.create_model(name, img_size=32, **kwargs))
     assert all(residual_stream(model, name, images) is None for name, _ in moe_layers(model))
+
+
+def test_the_stream_is_not_read_from_a_module_that_is_called_twice(tiny, images):
+    class Twice(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x, last=True, **kwargs):
+            return self(x, last=False) * 1 if last else x + self.block.mlp(self.block.norm2(x))
+
+    model = gated(tiny(), layers=[1])
+    model.blocks[1] = Twice(model.blocks[1])
+    assert residual_stream(model, 'blocks.1.block.mlp', images) is None
