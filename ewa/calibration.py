@@ -6,7 +6,7 @@ from collections import defaultdict
 from contextlib import suppress
 from functools import partial
 from itertools import product
-from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -111,23 +111,41 @@ def measure_statistics(model: nn.Module, batches: Iterable) -> Dict[str, ExpertS
     return {name: entry.result() for name, entry in sums.items()}
 
 
-def hold_out(batches: Iterable) -> Tuple[List[Tensor], List[Tensor]]:
-    """Calibration images in two parts: every eighth, from the second on, is held out to measure on; in batches.
+class Part:
+    """Some images of each of several batches; an iterator copies those of one batch at a time.
+
+    Args:
+        batches: Images of a batch, and the indices of those that are meant, at least one.
+    """
+
+    def __init__(self, batches: Sequence[Tuple[Tensor, Tensor]]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return sum(len(index) for _, index in self.batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (images[index] for images, index in self.batches)
+
+
+def hold_out(batches: Iterable) -> Tuple[Part, Part]:
+    """Calibration images in two parts: every eighth, from the second on, is held out to measure on.
 
     Raises:
         ValueError: There are no images.
     """
-    parts: Tuple[List[Tensor], List[Tensor]] = ([], [])
+    parts: Tuple[List[Tuple[Tensor, Tensor]], List[Tuple[Tensor, Tensor]]] = ([], [])
     seen = 0
     for images in map(_images, batches):
         held = torch.arange(seen, seen + len(images)) % 8 == 1
-        for part, chosen in zip(parts, (images[~held], images[held])):
-            if len(chosen):
-                part.append(chosen)
+        for part, chosen in zip(parts, (~held, held)):
+            if chosen.any():
+                part.append((images, chosen.nonzero()[:, 0]))
         seen += len(images)
     if not seen:
         raise ValueError('The calibration set has no batches.')
-    return parts
+    return Part(parts[0]), Part(parts[1])
 
 
 class _Reached(Exception):
@@ -301,7 +319,7 @@ class Tap(NamedTuple):
     inputs: bool = False
 
 
-def read_tokens(model: nn.Module, taps: Sequence[Tap], batches: Sequence[Tensor]) -> List[Tensor]:
+def read_tokens(model: nn.Module, taps: Sequence[Tap], batches: Iterable[Tensor]) -> List[Tensor]:
     """Some of the tokens at some places of a model, (n, D) for each; each forward pass ends behind the last of them.
 
     Raises:

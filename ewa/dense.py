@@ -8,6 +8,7 @@ import warnings
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from types import FunctionType
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, cast
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from . import gathering, refit
 from .averaging import never_used
 from .calibration import (
+    Part,
     Stream,
     Tap,
     call_order,
@@ -278,12 +280,13 @@ def refit_layers(
         if value < 0:
             raise ValueError(f'{key} must be >= 0, got {value}.')
     fitted, held = hold_out(batches)
+    few = next(iter(fitted))[:2]
     ffns: Dict[str, nn.Module] = {}
     errors: Dict[str, Dict[str, float]] = {}
     vain: List[str] = []
     tokens = 0
     with evaluating(model):
-        order = call_order(model, fitted[0][:1])
+        order = call_order(model, few[:1])
         parts = [part for part in (fitted, held) if part]
         known = [sensitivities(model, part) for part in parts]
         hidden: Dict[str, int] = {}
@@ -295,7 +298,7 @@ def refit_layers(
                 drawn[name] = [refit.draw(refit.token_weights(torch.cat(of_layer[name])), limit) for of_layer in known]
             except ValueError as e:
                 raise ValueError(f'{name}: {e}') from e
-        places = {name: residual_stream(model, name, fitted[0][:2]) for name in order[1:]}  # as it was before the first
+        places = {name: residual_stream(model, name, few) for name in order[1:]}  # as it was before the first
         streams = [_streams(model, places, part, {name: draws[n][0] for name, draws in drawn.items()})
                    for n, part in enumerate(parts)]
         for name in order:
@@ -334,7 +337,7 @@ def refit_layers(
     record = dict(
         **dict(outputs_error=outputs) if joint_steps else {}, **dict(steps_in_vain=vain) if vain else {},
         **dict(joint_steps_in_vain=True) if joint_steps and outputs['after'] >= outputs['before'] else {},
-        calibration_images=sum(map(len, fitted)) + sum(map(len, held)), calibration_tokens=tokens, error=errors,
+        calibration_images=len(fitted) + len(held), calibration_tokens=tokens, error=errors,
         seconds=round(time.perf_counter() - started, 1))
     return ffns, record
 
@@ -342,7 +345,7 @@ def refit_layers(
 def _streams(
         model: nn.Module,
         places: Dict[str, Optional[Stream]],
-        batches: Sequence[Tensor],
+        batches: Iterable[Tensor],
         drawn: Dict[str, Tensor],
 ) -> Dict[str, Tensor]:
     """The residual stream of the MoE model behind its layers, where it can be read, (n, D) for the tokens of each."""
@@ -355,7 +358,7 @@ def _problem(
         partly: nn.Module,
         layer: MoELayer,
         place: Optional[Stream],
-        batches: Sequence[Tensor],
+        batches: Iterable[Tensor],
         index: Tensor,
         wanted: Optional[Tensor],
 ) -> Tuple[Tensor, Tensor]:
@@ -374,8 +377,8 @@ def _fit_jointly(
         model: nn.Module,
         layers: Dict[str, MoELayer],
         ffns: Dict[str, nn.Module],
-        fitted: Sequence[Tensor],
-        held: Sequence[Tensor],
+        fitted: Part,
+        held: Part,
         steps: int,
 ) -> Tuple[Dict[str, nn.Module], Dict[str, float]]:
     """FFNs that are trained together for the outputs of the model; and the error of these, `before` and `after`.
@@ -383,12 +386,12 @@ def _fit_jointly(
     `sqrt(E|y' - y|^2 / E|y|^2)` on images that are held out, if there are any. Where it does not fall, the FFNs given.
     """
     wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    if len({images.shape[1:] for images in (*fitted, *held)}) > 1:
+    shape, *others = {images.shape[1:] for images in chain(fitted, held)}
+    if others:
         raise ValueError('joint_steps mixes calibration images: give all of one size.')
-    if fitted[0].ndim != 4:
+    if len(shape) != 3:
         raise ValueError(
-            f'joint_steps cuts and moves images (N, C, H, W), and the batches have shape {tuple(fitted[0].shape)}: '
-            f'leave it out.')
+            f'joint_steps cuts and moves images (C, H, W), and those given have shape {tuple(shape)}: leave it out.')
     teacher = deepcopy(model).to(wide)
     named = dict(teacher.named_modules())
     trained = {name: deepcopy(ffn).to(wide) for name, ffn in ffns.items()}

@@ -579,7 +579,7 @@ def test_refit_sees_the_errors_of_the_layers_before(tiny):
     batches = many_images()
     vit = ewa.to_dense(model, 'refit', batches).eval()
     _, held = hold_out(batches)
-    assert torch.equal(torch.cat(held), torch.cat(batches)[1::8])
+    assert torch.equal(torch.cat(list(held)), torch.cat(batches)[1::8])
     partly = deepcopy(model)
     partly.blocks[1].mlp = vit.blocks[1].mlp
     tokens = reference.inputs_of(partly, partly.blocks[3].mlp, held)
