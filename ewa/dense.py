@@ -82,8 +82,8 @@ def to_dense(
             one. Refit keeps them; some hundreds are enough.
         k: Routed experts kept. Default: as many as make the vanilla hidden width, `H/h - S`. Another width is
             possible where all blocks have MoE layers, and becomes the host's `mlp_ratio`.
-        **options: refit: `steps`, optimizer steps for each FFN against what its layer computes, `joint_steps` for all
-            together against what the model computes, and `ridge`. sum, top_kg, svd_kg: `rescale` (see
+        **options: refit: `steps`, optimizer steps for each FFN against what its layer computes, `joint_steps` for the
+            whole dense model against what the MoE model computes, and `ridge`. sum, top_kg, svd_kg: `rescale` (see
             `ewa.gathering`). aligned: `reference`, index of an expert. prune: `score`, `'usage'` (tokens) or `'norm'`
             (mean of gate times output norm). do_acp: `lam`.
 
@@ -133,8 +133,9 @@ def to_dense(
     ffns: Dict[str, nn.Module] = {}
     statistics: Dict[str, ExpertStatistics] = {}
     fitted: Dict[str, Any] = {}
+    others: Dict[str, Tensor] = {}
     if how.kind == 'fit' and batches is not None:
-        ffns, fitted = refit_layers(model, layers, batches, k, **options)
+        ffns, others, fitted = refit_layers(model, layers, batches, k, **options)
     else:
         if needs_data and batches is not None:
             statistics = measure_statistics(model, batches)
@@ -155,6 +156,8 @@ def to_dense(
     # with the FFNs in the memo, deepcopy takes them where it would copy a layer
     with foreign(f'{type(model).__name__} can\'t be copied', RuntimeError, TypeError):
         dense = deepcopy(model, {id(layer): ffns[name] for name, layer in layers.items()})
+    for name, values in others.items():
+        dense.get_parameter(name).data.copy_(values)
     for name, part in reversed(list(dense.named_modules())):
         if hasattr(part, '_orig_mod'):  # a block that was compiled by itself
             dense.set_submodule(name, part.get_submodule('_orig_mod'))
@@ -248,7 +251,7 @@ def refit_layers(
         steps: int = 0,
         joint_steps: int = 0,
         ridge: float = 1e-4,
-) -> Tuple[Dict[str, nn.Module], Dict[str, Any]]:
+) -> Tuple[Dict[str, nn.Module], Dict[str, Tensor], Dict[str, Any]]:
     """One FFN for each gated layer by `ewa.refit`, in the order in which the model calls them.
 
     A layer is fed by the model in which those before it are converted already. Its FFN is fitted to what it computes
@@ -261,16 +264,17 @@ def refit_layers(
         model, batches, k: See `to_dense`.
         layers: All MoE layers of the model.
         steps: Of `ewa.refit.fit`, for each FFN.
-        joint_steps: Of `ewa.refit.fit_outputs`, for all FFNs together, after that.
+        joint_steps: Of `ewa.refit.fit_outputs`, after that, for the whole dense model: all its weights, but where some
+            of those outside the MoE layers require gradients, only these and the FFNs.
         ridge: See `ewa.refit.Moments.normal`.
 
     Returns:
-        FFN of each layer; and what is to be told: `calibration_images`, `calibration_tokens` (of a layer, fitted to),
-        `error` (layer to `fitted` and `held_out`: `sqrt(E w|y' - y|^2 / E w|y|^2)` for its target `y`, the FFN's
-        output `y'` before joint steps and the weight `w` of the token; no `held_out` of a single image),
-        `steps_in_vain` (layers that are without steps, since these brought them no closer), `outputs_error` (of the
-        model, `before` and `after` joint steps), `joint_steps_in_vain` (True where they brought it no closer and are
-        left out), `seconds`.
+        FFN of each layer; the other parameters that joint steps have changed; and what is to be told:
+        `calibration_images`, `calibration_tokens` (of a layer, fitted to), `error` (layer to `fitted` and `held_out`:
+        `sqrt(E w|y' - y|^2 / E w|y|^2)` for its target `y`, the FFN's output `y'` before joint steps and the weight
+        `w` of the token; no `held_out` of a single image), `steps_in_vain` (layers that are without steps, since these
+        brought them no closer), `outputs_error` (of the model, `before` and `after` joint steps), `joint_steps_in_vain`
+        (True where they brought it no closer and are left out), `seconds`.
 
     Raises:
         ValueError: See `to_dense`; the message names the layer.
@@ -330,8 +334,9 @@ def refit_layers(
                 inputs, targets = problem(held, index, streams[1].pop(name, None))
                 errors[name]['held_out'] = refit.relative_error(on_tokens(ffn)(inputs), targets, weights)
             ffns[name] = ffn
+        changed: Dict[str, Tensor] = {}
         if joint_steps:
-            ffns, outputs = _fit_jointly(model, layers, ffns, fitted, held, joint_steps)
+            ffns, changed, outputs = _fit_jointly(model, layers, ffns, fitted, held, joint_steps)
     for name, ffn in ffns.items():
         ffn.train(layers[name].experts[0].training)
     record = dict(
@@ -339,7 +344,7 @@ def refit_layers(
         **dict(joint_steps_in_vain=True) if joint_steps and outputs['after'] >= outputs['before'] else {},
         calibration_images=len(fitted) + len(held), calibration_tokens=tokens, error=errors,
         seconds=round(time.perf_counter() - started, 1))
-    return ffns, record
+    return ffns, changed, record
 
 
 def _streams(
@@ -380,14 +385,15 @@ def _fit_jointly(
         fitted: Part,
         held: Part,
         steps: int,
-) -> Tuple[Dict[str, nn.Module], Dict[str, float]]:
-    """FFNs that are trained together for the outputs of the model; and the error of these, `before` and `after`.
+) -> Tuple[Dict[str, nn.Module], Dict[str, Tensor], Dict[str, float]]:
+    """FFNs and the other parameters of the dense model, trained together for the outputs of the MoE model.
 
-    `sqrt(E|y' - y|^2 / E|y|^2)` on images that are held out, if there are any. Where it does not fall, the FFNs given.
+    And the error of these, `before` and `after`: `sqrt(E|y' - y|^2 / E|y|^2)` on images that are held out, if there are
+    any. Where it does not fall, the FFNs given and no others.
     """
     wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    shape, *others = {images.shape[1:] for images in chain(fitted, held)}
-    if others:
+    shape, *more = {images.shape[1:] for images in chain(fitted, held)}
+    if more:
         raise ValueError('joint_steps mixes calibration images: give all of one size.')
     if len(shape) != 3:
         raise ValueError(
@@ -396,11 +402,14 @@ def _fit_jointly(
     named = dict(teacher.named_modules())
     trained = {name: deepcopy(ffn).to(wide) for name, ffn in ffns.items()}
     student = deepcopy(teacher, {id(named[name]): ffn for name, ffn in trained.items()})
+    ours = {p for ffn in trained.values() for p in ffn.parameters()}
+    others = {name: p for name, p in student.named_parameters() if p not in ours and p.is_floating_point()}
+    free = {name: p for name, p in others.items() if p.requires_grad} or others
+    parameters = [p for p in student.parameters() if p in ours or p in set(free.values())]
     student.requires_grad_(False)
-    parameters = {
-        p.requires_grad_(): 2 * refit.usual_rate(read_ffn(ffn).up.shape[2]) for ffn in trained.values()
-        for p in ffn.parameters()}
-    device = next(iter(parameters)).device
+    for p in parameters:
+        p.requires_grad_()
+    device = parameters[0].device
 
     def error() -> float:
         pairs = [(student(images.to(device)), teacher(images.to(device)))
@@ -412,8 +421,8 @@ def _fit_jointly(
     refit.fit_outputs(student, parameters, teacher, torch.cat(list(fitted)).to(wide), steps)
     after = error()
     if after >= before:
-        return ffns, dict(before=before, after=after)
-    return {name: ffn.to(next(ffns[name].parameters()).dtype) for name, ffn in trained.items()}, dict(
+        return ffns, {}, dict(before=before, after=after)
+    return {name: ffn.to(next(ffns[name].parameters()).dtype) for name, ffn in trained.items()}, free, dict(
         before=before, after=after)
 
 

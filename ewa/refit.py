@@ -22,7 +22,7 @@ matching pursuit for several outputs (Tropp, Gilbert and Strauss, Algorithms for
 """
 import math
 import warnings
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -273,7 +273,7 @@ def fit(
     ends = weights.double().cpu().cumsum(0) / weights.double().cpu().sum()
     ends[-1] = 1.
     lr = usual_rate(inputs.shape[1]) if lr is None else lr
-    optimizer, schedule = _adam(dict.fromkeys(ffn.parameters(), lr), steps)
+    optimizer, schedule = _adam(list(ffn.parameters()), lr, steps)
     with torch.enable_grad():
         for _ in range(steps):
             batch = torch.searchsorted(ends, torch.rand(batch_size, generator=generator).double()).to(inputs.device)
@@ -286,7 +286,7 @@ def fit(
 
 def fit_outputs(
         model: Callable[[Tensor], Tensor],
-        parameters: Dict[nn.Parameter, float],
+        parameters: Sequence[nn.Parameter],
         teacher: Callable[[Tensor], Tensor],
         images: Tensor,
         steps: int,
@@ -296,12 +296,17 @@ def fit_outputs(
 
     A few hundred images are soon learnt by heart, so a rectangle of each one is replaced by that of another, both moved
     by up to an eighth of their sides, and what is asked for is what the other model makes of the result. The loss is
-    `|model(x) - teacher(x)|^2` relative to the variance of the teacher's outputs over the images. All is drawn by a
+    `L = |model(x) - teacher(x)|^2` relative to the variance of the teacher's outputs over the images. All is drawn by a
     generator of its own.
+
+    The largest learning rate is `L / |g|_1` of a first batch, `g` the gradient by all parameters: a step of Adam moves
+    each by about the rate against the sign of its gradient, and that step would make up for `L` if it went on as it
+    begins (Polyak's step size, in the norm of such steps). So models whose outputs move much with small changes of
+    their weights, as wide and deep ones do, take small steps.
 
     Args:
         model, teacher: Map images to outputs (B, ...).
-        parameters: Changed in place, with the largest learning rate of each.
+        parameters: Changed in place; those that the outputs do not depend on are left alone.
         images: Calibration images, (N, C, H, W).
         steps: Optimizer steps.
         batch_size: Images a step; all of them, if there are fewer. No more pixels than 16 images of 224 x 224 have go
@@ -311,25 +316,35 @@ def fit_outputs(
     (2106.05237).
     """
     generator = torch.Generator().manual_seed(0)
-    device = next(iter(parameters)).device
+    device = parameters[0].device
     at_once = max(1, 16 * 224 ** 2 // images[0, 0].numel())
     with torch.no_grad():
         outputs = torch.cat([teacher(some.to(device)).float() for some in images.split(at_once)])
         scale = outputs.var(0, correction=0).mean().clamp(min=1e-30)
-    optimizer, schedule = _adam(parameters, steps)
     batch_size = min(batch_size, len(images))
-    for _ in range(steps):
+
+    def add_gradients() -> Tensor:
         first, second = (
             _moved(images[torch.randperm(len(images), generator=generator)[:batch_size]], generator) for _ in range(2))
         mixed = torch.where(_rectangles(first, generator).to(first.device), second, first)
-        optimizer.zero_grad()
+        total = torch.zeros((), device=device)
         for some in mixed.to(device).split(at_once):
             with torch.no_grad():
                 wanted = teacher(some)
             with torch.enable_grad():
                 loss = (model(some) - wanted).float().square().mean() / scale * (len(some) / batch_size)
-            for p, gradient in zip(parameters, torch.autograd.grad(loss, list(parameters))):
-                p.grad = gradient if p.grad is None else p.grad + gradient
+            total += loss.detach()
+            for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True)):
+                if gradient is not None:
+                    p.grad = gradient if p.grad is None else p.grad + gradient
+        return total
+
+    loss = float(add_gradients())
+    slope = sum(float(p.grad.abs().sum()) for p in parameters if p.grad is not None)
+    optimizer, schedule = _adam(parameters, loss / max(slope, 1e-30), steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        add_gradients()
         optimizer.step()
         schedule.step()
 
@@ -355,12 +370,12 @@ def _rectangles(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _adam(
-        parameters: Dict[nn.Parameter, float],
+        parameters: Sequence[nn.Parameter],
+        lr: float,
         steps: int,
 ) -> Tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Adam with a learning rate for each parameter, a tenth of warm-up, a cosine to 0."""
-    rates = sorted(set(parameters.values()))
-    optimizer = torch.optim.Adam([dict(params=[p for p in parameters if parameters[p] == lr], lr=lr) for lr in rates])
+    """Adam, a tenth of warm-up, a cosine to 0."""
+    optimizer = torch.optim.Adam(parameters, lr=lr)
     warmup = steps // 10
 
     def factor(step: int) -> float:

@@ -650,8 +650,11 @@ def test_refit_gives_the_same_bits_again_and_leaves_the_model_as_it_was(tiny, st
 
 
 @pytest.mark.filterwarnings('ignore:.*calibration tokens for')
-def test_joint_steps_bring_the_outputs_closer_and_change_ffns_alone(tiny):
+@pytest.mark.parametrize('frozen', ['nothing', 'all', 'part'])
+def test_joint_steps_bring_the_outputs_closer(tiny, frozen):
     model = gated(tiny())
+    model.unused = nn.Parameter(torch.ones(3))
+    model.requires_grad_(frozen == 'nothing').head.requires_grad_(frozen != 'all')
     plain, trained = [ewa.to_dense(model, 'refit', many_images(), joint_steps=steps) for steps in (0, 120)]
     error = trained.conversion['outputs_error']
     assert error['after'] < .95 * error['before'] and 'outputs_error' not in plain.conversion
@@ -661,8 +664,10 @@ def test_joint_steps_bring_the_outputs_closer_and_change_ffns_alone(tiny):
         pairs = [(trained.eval()(images), model.eval()(images)) for images in held]
     ours, theirs = (torch.cat(part) for part in zip(*pairs))
     assert ((ours - theirs).norm() / theirs.norm()).item() == pytest.approx(error['after'], rel=1e-4)
-    for key, value in plain.state_dict().items():
-        assert torch.equal(value, trained.state_dict()[key]) != key.startswith(('blocks.1.mlp', 'blocks.3.mlp'))
+    still = {key for key, value in plain.state_dict().items() if torch.equal(value, trained.state_dict()[key])}
+    ffns = {key for key in plain.state_dict() if key.startswith(('blocks.1.mlp', 'blocks.3.mlp', 'head'))}
+    assert still == (plain.state_dict().keys() - ffns if frozen == 'part' else {'unused'})
+    assert [p.requires_grad for p in plain.parameters()] == [p.requires_grad for p in trained.parameters()]
 
 
 def test_joint_steps_that_do_not_help_are_not_taken(tiny):
