@@ -282,6 +282,7 @@ def fit(
             loss.backward()
             optimizer.step()
             schedule.step()
+    optimizer.zero_grad()
 
 
 def fit_outputs(
@@ -339,6 +340,8 @@ def fit_outputs(
                     p.grad = gradient if p.grad is None else p.grad + gradient
         return total
 
+    for p in parameters:
+        p.grad = None
     loss = float(add_gradients())
     slope = sum(float(p.grad.abs().sum()) for p in parameters if p.grad is not None)
     optimizer, schedule = _adam(parameters, loss / max(slope, 1e-30), steps)
@@ -347,6 +350,7 @@ def fit_outputs(
         add_gradients()
         optimizer.step()
         schedule.step()
+    optimizer.zero_grad()
 
 
 def _moved(images: Tensor, generator: torch.Generator) -> Tensor:

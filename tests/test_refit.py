@@ -265,6 +265,20 @@ def test_fit_draws_tokens_by_weight():
     assert (ffn(torch.ones(1, 3)) - 1).norm() < (before - 1).norm()
 
 
+@pytest.mark.parametrize('scale', [1., 1000.])
+def test_a_first_step_for_outputs_goes_as_far_as_the_slope_of_the_loss_says(scale):
+    weight, unused = nn.Parameter(torch.tensor(1 / scale)), nn.Parameter(torch.tensor(5.))
+    images = torch.randn(20, 3, 8, 8)
+
+    def outputs(images, factor):
+        return factor * images.mean((1, 2, 3))[:, None]
+
+    refit.fit_outputs(
+        lambda images: outputs(images, scale * weight), [weight, unused], lambda images: outputs(images, 3.), images, 1)
+    assert (scale * weight).item() == pytest.approx(2.)  # of a parabola, half the way
+    assert unused.item() == 5
+
+
 def test_relative_error_by_hand():
     assert error_of(torch.tensor([[3., 0.]]), torch.tensor([[3., 4.]])) == pytest.approx(.8)
     weighted = refit.relative_error(torch.tensor([[1.], [0.]]), torch.tensor([[2.], [1.]]), torch.tensor([1., 3.]))

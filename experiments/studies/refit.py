@@ -43,7 +43,6 @@ METHODS: Dict[str, Flags] = {
     'refit, 1000 steps': {'method': 'refit', 'refit-steps': 1000}}
 JOINT: Dict[str, Flags] = {
     'refit, 1000 joint steps': {'method': 'refit', 'refit-joint-steps': 1000},
-    'refit, 1000 and 1000 joint steps': {'method': 'refit', 'refit-steps': 1000, 'refit-joint-steps': 1000},
     'refit, 1000 and 3000 joint steps': {'method': 'refit', 'refit-steps': 1000, 'refit-joint-steps': 3000}}
 BEST = 'refit, 1000 and 3000 joint steps'
 MANY: Dict[str, Flags] = {f'{BEST}, 5000 images': {**JOINT[BEST], 'calibration-images': 5000}}
@@ -223,12 +222,12 @@ STUDY = Study(
     figures=figures,
     setup="""
 Conversions see 512 training images without labels unless it says otherwise; refit fits to seven eighths of them. "N
-steps": of Adam for each FFN, "joint steps": for all together against the MoE's outputs on mixed images, still without
-labels. The teachers have 8 experts, 2 a token, started as copies, unless it says otherwise.
+steps": of Adam for each FFN, "joint steps": for the whole dense model against the MoE's outputs on mixed images, still
+without labels. The teachers have 8 experts, 2 a token, started as copies, unless it says otherwise.
 Distillation: one epoch over the given number of training images, temperature 2, label and KL terms weighted half each,
 a quarter of the teacher's learning rate, no warm-up. "No labels": of the teacher's logits alone; in batches of 25
-instead of 100 an eighth of that rate. More than one epoch on glyphs: seeds 0 and 1. What joint steps mix, and their
-rate, was chosen on validation images of `wide`, seed 0.
+instead of 100 an eighth of that rate. More than one epoch on glyphs: seeds 0 and 1. What joint steps mix was chosen
+on validation images of `wide`, seed 0.
 """,
     notes=dict(
         fashion=Notes(title='Fashion-MNIST', reading="""
