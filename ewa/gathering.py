@@ -566,8 +566,8 @@ METHODS: Dict[str, Method] = {method.name: method for method in (
            'ours; least squares as in MergeMoE (2510.14436), CORP (2602.05243)', needs_data=True, options=(
                Option('steps', int, 'optimizer steps for each FFN against its layer\'s outputs, without labels',
                       flag='--refit-steps'),
-               Option('joint_steps', int, 'then optimizer steps for all FFNs against the model\'s outputs on mixed '
-                      'images, without labels', flag='--refit-joint-steps'),
+               Option('joint_steps', int, 'then optimizer steps for the whole dense model against the MoE\'s outputs '
+                      'on mixed images, without labels', flag='--refit-joint-steps'),
                Option('ridge', float, 'of the least squares, relative to the mean of the diagonal; default: 1e-4'))),
     Method('average', 'merge', average, 'mean of the experts', 'OneS, EWA'),
     Method('sum', 'merge', total, 'sum of the experts', 'OneS', options=(_RESCALE,)),

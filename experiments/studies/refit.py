@@ -226,8 +226,8 @@ steps": of Adam for each FFN, "joint steps": for the whole dense model against t
 without labels. The teachers have 8 experts, 2 a token, started as copies, unless it says otherwise.
 Distillation: one epoch over the given number of training images, temperature 2, label and KL terms weighted half each,
 a quarter of the teacher's learning rate, no warm-up. "No labels": of the teacher's logits alone; in batches of 25
-instead of 100 an eighth of that rate. More than one epoch on glyphs: seeds 0 and 1. What joint steps mix was chosen
-on validation images of `wide`, seed 0.
+instead of 100 an eighth of that rate. More than one epoch on glyphs: seeds 0 and 1. What joint steps mix, what
+they train and their rate were chosen on validation images of `wide` and `narrow`, seed 0.
 """,
     notes=dict(
         fashion=Notes(title='Fashion-MNIST', reading="""
