@@ -402,10 +402,11 @@ def _fit_jointly(
     named = dict(teacher.named_modules())
     trained = {name: deepcopy(ffn).to(wide) for name, ffn in ffns.items()}
     student = deepcopy(teacher, {id(named[name]): ffn for name, ffn in trained.items()})
-    ours = {p for ffn in trained.values() for p in ffn.parameters()}
-    others = {name: p for name, p in student.named_parameters() if p not in ours and p.is_floating_point()}
+    new = {p for ffn in trained.values() for p in ffn.parameters()}
+    others = {name: p for name, p in student.named_parameters() if p not in new and p.is_floating_point()}
     free = {name: p for name, p in others.items() if p.requires_grad} or others
-    parameters = [p for p in student.parameters() if p in ours or p in set(free.values())]
+    chosen = new.union(free.values())
+    parameters = [p for p in student.parameters() if p in chosen]
     student.requires_grad_(False)
     for p in parameters:
         p.requires_grad_()
