@@ -241,21 +241,17 @@ def choose_and_solve(
     return chosen + others, nn.functional.pad(down, (0, len(others))), down_bias
 
 
-def usual_rate(width: int) -> float:
-    """The learning rate `0.02 / sqrt(D)`, which suits weights of the usual scale `1 / sqrt(D)`."""
-    return 0.02 / width ** 0.5
-
-
 def fit(
         ffn: nn.Module,
         inputs: Tensor,
         targets: Tensor,
         weights: Tensor,
         steps: int,
-        lr: Optional[float] = None,
         batch_size: int = 1024,
 ) -> None:
     """Train an FFN in place to give `targets` (T, D) for `inputs` (T, D): Adam, a tenth of warm-up, a cosine to 0.
+
+    The largest learning rate, `0.02 / sqrt(D)`, suits weights of the usual scale `1 / sqrt(D)`.
 
     The loss is `|ffn(x) - y|^2` relative to the mean `|y|^2`; tokens are drawn in proportion to their weights, by a
     generator of their own: the same tensors give the same result, and no other stream of random numbers moves.
@@ -265,15 +261,13 @@ def fit(
         inputs, targets: The tokens.
         weights: Of the tokens, (T,).
         steps: Optimizer steps.
-        lr: Largest learning rate; default: `usual_rate`.
         batch_size: Tokens a step.
     """
     generator = torch.Generator().manual_seed(0)
     scale = targets.float().square().mean().clamp(min=1e-30)
     ends = weights.double().cpu().cumsum(0) / weights.double().cpu().sum()
     ends[-1] = 1.
-    lr = usual_rate(inputs.shape[1]) if lr is None else lr
-    optimizer, schedule = _adam(list(ffn.parameters()), lr, steps)
+    optimizer, schedule = _adam(list(ffn.parameters()), 0.02 / inputs.shape[1] ** 0.5, steps)
     with torch.enable_grad():
         for _ in range(steps):
             batch = torch.searchsorted(ends, torch.rand(batch_size, generator=generator).double()).to(inputs.device)

@@ -254,6 +254,7 @@ def test_fit_finds_the_ffn_behind_the_tokens_and_moves_no_other_random_numbers()
         refit.fit(student, tokens, targets, torch.ones(500), steps=400)
     assert torch.equal(torch.get_rng_state(), state)
     assert error_of(students[0](tokens), targets) < .2 * before
+    assert all(p.grad is None for p in students[0].parameters())
     assert all(torch.equal(a, b) for a, b in zip(students[0].parameters(), students[1].parameters()))
 
 
@@ -276,7 +277,7 @@ def test_a_first_step_for_outputs_goes_as_far_as_the_slope_of_the_loss_says(scal
     refit.fit_outputs(
         lambda images: outputs(images, scale * weight), [weight, unused], lambda images: outputs(images, 3.), images, 1)
     assert (scale * weight).item() == pytest.approx(2.)  # of a parabola, half the way
-    assert unused.item() == 5
+    assert unused.item() == 5 and weight.grad is None
 
 
 def test_relative_error_by_hand():
